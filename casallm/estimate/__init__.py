@@ -1,0 +1,1 @@
+"""What a run will cost: parameters, FLOPs, bytes, seconds and dollars. No torch, no network."""

@@ -1,0 +1,82 @@
+"""What the machines can do: peak arithmetic, memory and links, by SkyPilot's names.
+
+Peaks are the dense figures of NVIDIA's data sheets (those "with sparsity" halved), in FLOP/s;
+V100 and T4 have no bf16 and are listed with fp16. Bandwidths are bytes a second, links one way.
+"""
+
+import math
+from dataclasses import dataclass
+
+from casallm.config import nearest
+from casallm.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One accelerator, or one CPU core."""
+
+    name: str
+    peak_flops: float
+    """Dense bf16 FLOP/s (fp16 on V100 and T4, fp32 on a CPU core)."""
+    peak_fp8_flops: float | None
+    memory_bytes: int
+    """What CUDA reports as total, not what the box says."""
+    memory_bandwidth: float
+    """Bytes a second."""
+    link_bandwidth: float
+    """Bytes a second, one way, to the other GPUs of a usual node of eight."""
+    has_bf16: bool
+
+
+_GPUS = (
+    Hardware("V100", 125e12, None, 16 * GIB, 900e9, 150e9, False),
+    Hardware("T4", 65e12, None, 15 * GIB, 320e9, 12e9, False),
+    Hardware("L4", 121e12, 242e12, 22 * GIB, 300e9, 24e9, True),
+    Hardware("A10G", 70e12, None, 22 * GIB, 600e9, 24e9, True),
+    Hardware("A100", 312e12, None, int(39.5 * GIB), 1555e9, 300e9, True),
+    Hardware("A100-80GB", 312e12, None, int(79.2 * GIB), 2039e9, 300e9, True),
+    Hardware("H100", 989e12, 1979e12, int(79.6 * GIB), 3350e9, 450e9, True),
+    Hardware("H200", 989e12, 1979e12, int(139.8 * GIB), 4800e9, 450e9, True),
+    Hardware("B200", 2250e12, 4500e12, 178 * GIB, 7700e9, 900e9, True),
+)
+GPUS: dict[str, Hardware] = {gpu.name: gpu for gpu in _GPUS}
+
+CPU_CORE = Hardware("CPU", 80e9, None, 0, 10e9, 5e9, True)
+"""A core of a cloud machine: 2 AVX2 FMA units x 8 fp32 lanes x 2 at 2.5 GHz. A nominal peak."""
+
+
+def gpu_named(name: str) -> Hardware:
+    """The GPU that SkyPilot calls `name`; ConfigError with the nearest known name."""
+    folded = {known.lower(): gpu for known, gpu in GPUS.items()}
+    gpu = folded.get(name.strip().lower())
+    if gpu is None:
+        raise ConfigError(f"there is no GPU {name!r}{nearest(name, GPUS)} (known: {', '.join(GPUS)})")
+    return gpu
+
+
+def parse_gpu(text: str) -> tuple[Hardware, int]:
+    """`A100:8` as the GPU and how many of it; a bare name is one."""
+    name, colon, count = text.partition(":")
+    if colon and not (count.isdigit() and int(count) > 0):
+        raise ConfigError(f"GPU {text!r} is not NAME:COUNT: write it as A100:8 or H100:1")
+    return gpu_named(name), int(count) if colon else 1
+
+
+def hardware_of_device(device_name: str, memory_bytes: int) -> Hardware | None:
+    """The table's entry for what torch calls a device ("NVIDIA A100-SXM4-80GB"), if it has one."""
+    folded = device_name.upper().replace("-", " ").split()
+    matches = [gpu for gpu in _GPUS if gpu.name.split("-")[0] in folded or _is_part(gpu, folded)]
+    if not matches:
+        return None
+    return min(matches, key=lambda gpu: abs(math.log(gpu.memory_bytes / max(memory_bytes, 1))))
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, hardware: Hardware, count: int) -> float:
+    """Model FLOPs utilisation: the share of the peak that went into the model's own arithmetic."""
+    return tokens_per_second * flops_per_token / (hardware.peak_flops * count)
+
+
+def _is_part(gpu: Hardware, words: list[str]) -> bool:
+    return any(word.startswith(gpu.name.split("-")[0]) for word in words)

@@ -1,0 +1,1 @@
+"""Files by URL, verified end to end."""

@@ -1,0 +1,1 @@
+"""The one training loop and everything it needs to survive."""
