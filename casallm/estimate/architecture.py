@@ -180,7 +180,7 @@ def shape_for_params(n_params: int, vocab_size: int | None = None) -> ModelConfi
 
 def _vocabs_for_params(n_params: int) -> list[int]:
     """Vocabularies to try, the preferred one first; small models need the finer steps."""
-    for preferred in (DEFAULT_VOCAB_SIZE, 16_384, 8_192, 4_096):
+    for preferred in (DEFAULT_VOCAB_SIZE, 16_384, 8_192):
         if preferred * math.sqrt(n_params / 200) < n_params / 3:
             return [preferred]
     return sorted(range(1_024, 6_145, 256), key=lambda size: abs(size - 4_096))
