@@ -1,0 +1,123 @@
+"""The folder in which a supervisor and the ranks of its node leave each other notes.
+
+It lives on the machine's own disk for one generation of ranks:
+
+    spec.json        what to train, written by the supervisor
+    stop.json        please stop: reason and the seconds left
+    heartbeat-R      touched by rank R at every step; its content is the step
+    error-R.txt      the last words of rank R
+    stacks-R.txt     where every thread of rank R was, dumped on SIGUSR2
+    outcome.json     how the generation ended, written by rank 0
+
+torchrun turns every failure into exit code 1, so the outcome has to travel here.
+"""
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+PR_SET_PDEATHSIG = 1
+"""prctl's request for a signal at the parent's death (Linux, prctl(2))."""
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """Somebody wants the run to stop; `seconds_left` is how long the machine still lives."""
+
+    reason: str
+    seconds_left: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a generation ended: finished, stopped after a save, or failed."""
+
+    kind: Literal["finished", "stopped", "failed"]
+    step: int
+    reason: str
+
+
+class Control:
+    """The notes of one generation, in `directory`."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._seen_stop: StopRequest | None = None
+
+    def request_stop(self, request: StopRequest) -> None:
+        """Ask the ranks to save and end; the first request stands."""
+        path = self.directory / "stop.json"
+        if not path.exists():
+            _write_whole(path, json.dumps(asdict(request)))
+
+    def stop_request(self) -> StopRequest | None:
+        """The request to stop, if there is one; cheap enough for every step."""
+        path = self.directory / "stop.json"
+        if self._seen_stop is None and path.exists():
+            self._seen_stop = StopRequest(**json.loads(path.read_text()))
+        return self._seen_stop
+
+    def beat(self, rank: int, step: int) -> None:
+        """Say that `rank` has reached `step`."""
+        (self.directory / f"heartbeat-{rank}").write_text(str(step))
+
+    def seconds_since_beat(self) -> float | None:
+        """How long ago the slowest rank last moved; None before any has."""
+        beats = [path.stat().st_mtime for path in self.directory.glob("heartbeat-*")]
+        return time.time() - min(beats) if beats else None
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Leave word of how the generation ended."""
+        _write_whole(self.directory / "outcome.json", json.dumps(asdict(outcome)))
+
+    def outcome(self) -> Outcome | None:
+        """What rank 0 wrote, or None if it could not."""
+        path = self.directory / "outcome.json"
+        return Outcome(**json.loads(path.read_text())) if path.exists() else None
+
+    def write_error(self, rank: int, error: BaseException) -> None:
+        """Keep the last words of a failing rank."""
+        text = "".join(traceback.format_exception(error))
+        _write_whole(self.directory / f"error-{rank}.txt", text)
+
+    def first_error(self) -> tuple[int, str] | None:
+        """The rank that failed first and its last words, if any rank left some."""
+        paths = sorted(self.directory.glob("error-*.txt"), key=lambda path: path.stat().st_mtime_ns)
+        if not paths:
+            return None
+        return int(paths[0].stem.split("-")[1]), paths[0].read_text()
+
+    def dump_stacks_on_signal(self, rank: int) -> None:
+        """From now on SIGUSR2 writes every thread's stack to stacks-R.txt."""
+        file = (self.directory / f"stacks-{rank}.txt").open("w")
+        faulthandler.register(signal.SIGUSR2, file=file, all_threads=True, chain=False)
+        (self.directory / f"pid-{rank}").write_text(str(os.getpid()))
+
+    def rank_pids(self) -> list[int]:
+        """The processes of the ranks that have started."""
+        return [int(path.read_text() or 0) for path in self.directory.glob("pid-*")]
+
+    def stacks(self) -> dict[int, str]:
+        """What the ranks dumped on SIGUSR2, by rank."""
+        paths = sorted(self.directory.glob("stacks-*.txt"))
+        return {int(path.stem.split("-")[1]): path.read_text() for path in paths}
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
+    libc: Any = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,355 @@
+"""The one training loop: every stage is this loop over other batches.
+
+A step: `grad_accum_steps` micro-batches forward and backward, gradients averaged over the ranks
+by DDP, clipped, applied. The loss that is differentiated is the sum over this rank's targets
+divided by the targets of the whole global batch, times the ranks (DDP averages), so neither
+ranks nor micro-batches change it. Losses stay on the device until `log.every_steps`; whether to
+stop is asked every step and acted on one step later, on all ranks alike.
+
+The trainer knows no stage, no file and no cloud: batches come from a `BatchLoader`, and all that
+only one rank does (speaking, writing, deciding) is done by an `Observer`, which the others lack.
+"""
+
+import contextlib
+import gc
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from casallm.data.loader import Batch
+from casallm.errors import TrainingError
+from casallm.model.gpt import GPT
+from casallm.model.loss import TrainingLoss
+from casallm.train.checkpoint import Decision, TrainState
+from casallm.train.control import Control, Outcome
+from casallm.train.distributed import FlagExchange, World, agree, sum_over_ranks
+from casallm.train.evaluation import Validation, validate
+from casallm.train.optim import Optimizers, clip_gradients
+from casallm.train.run import RunConfig
+from casallm.train.schedule import FinishEarly, last_step, lr_fraction
+
+log = logging.getLogger(__name__)
+
+COMPILE_FROM_STEPS = 200
+"""`train.compile=auto` compiles runs of at least this many steps: it costs a minute or more."""
+
+STOP, FENCED = 1, 2
+COMPILE, FINISH_EARLY = "compile", "finish_early"
+"""Kinds of decisions on record."""
+
+
+class BatchLoader(Protocol):
+    """What a stage builds: batches of any step, and the held-out ones."""
+
+    def batches(self, step: int) -> Iterator[Batch]:
+        """This rank's micro-batches of optimizer step `step`."""
+
+    def validation(self, n_sequences: int) -> Iterator[Batch]:
+        """This rank's share of the first held-out sequences."""
+
+
+@dataclass(frozen=True)
+class StepLine:
+    """What one optimizer step was like; `seconds` is training time alone."""
+
+    step: int
+    tokens: int
+    loss: float
+    lr: float
+    grad_norm: float
+    seconds: float
+
+
+class Observer(Protocol):
+    """Rank 0's view of the training: it records, saves, samples and watches the money."""
+
+    def on_steps(self, lines: list[StepLine]) -> None:
+        """Steps have been done."""
+
+    def on_validation(self, state: TrainState, result: Validation) -> None:
+        """The model was evaluated."""
+
+    def is_save_due(self, state: TrainState) -> bool:
+        """Whether now is the time for a checkpoint."""
+
+    def save(self, state: TrainState, model: nn.Module, optimizers: Optimizers) -> None:
+        """Stage a checkpoint; it is written behind the training."""
+
+    def is_fenced(self) -> bool:
+        """Whether another attempt leads the run by now."""
+
+    def early_end(self, step: int, last: int, seconds_per_step: float) -> int | None:
+        """A nearer last step, if money or time run out."""
+
+
+class Trainer:
+    """Trains `model` from `state` on; `run` returns how it ended."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        world: World,
+        model: GPT,
+        loader: BatchLoader,
+        *,
+        optimizers: Optimizers,
+        state: TrainState,
+        control: Control,
+        token_bytes: torch.Tensor,
+        observer: Observer | None,
+    ) -> None:
+        self.state = state
+        self._config = config
+        self._world = world
+        self._model = model
+        self._loader = loader
+        self._optimizers = optimizers
+        self._control = control
+        self._token_bytes = token_bytes
+        self._observer = observer
+        self._flags = FlagExchange(world, 2)
+        self._losses: list[torch.Tensor] = []
+        self._norms: list[torch.Tensor] = []
+        self._proposed_end = 0
+        self._window_start = 0.0
+        self._loss: nn.Module = TrainingLoss(model)
+
+    def run(self) -> Outcome:
+        """Train until the last step, or until somebody asks to stop."""
+        self._prepare()
+        self._window_start = time.monotonic()
+        while not self._is_over:
+            stop = self._exchange_flags()
+            if stop:
+                return self._stop(stop)
+            self._train_step()
+            if self._is_due(self._config.log.every_steps):
+                self._flush()
+            if self._is_due(self._config.eval.every_steps):
+                self._evaluate()
+            with self._clock_paused():
+                self._save_if_due()
+        with self._clock_paused():
+            self._save()
+        return Outcome("finished", self.state.step, self._end_reason())
+
+    @property
+    def _early(self) -> list[FinishEarly]:
+        records = (d for d in self.state.decisions if d.kind == FINISH_EARLY)
+        return [FinishEarly(record.step, int(record.value)) for record in records]
+
+    @property
+    def _last_step(self) -> int:
+        return last_step(self._config.train.steps, self._early)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.state.step >= self._last_step
+
+    def _is_due(self, every_steps: int) -> bool:
+        return self.state.step % every_steps == 0 or self._is_over
+
+    def _prepare(self) -> None:
+        """Choose between compiled and eager code, wrap for DDP, and rehearse once.
+
+        DDP rebuilds its buckets after the first backward pass, which would let the first step
+        after a resume add gradients in another order: that pass is a rehearsal, thrown away.
+        """
+        batch = next(iter(self._loader.batches(self.state.step)))
+        self._loss = self._compiled(self._loss, batch)
+        if self._world.size > 1:
+            self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
+        self._backward(batch)
+        self._optimizers.zero_grad()
+        gc.collect()
+        gc.freeze()
+
+    def _compiled(self, eager: nn.Module, batch: Batch) -> nn.Module:
+        recorded = [d.value for d in self.state.decisions if d.kind == COMPILE]
+        wanted = bool(recorded[-1]) if recorded else self._wants_compile()
+        if not wanted:
+            return eager
+        compiled = torch.compile(eager, dynamic=False)
+        works = agree(self._world, self._probe(eager, compiled, batch))
+        if not recorded or works != recorded[-1]:
+            self._decide(COMPILE, works)
+        if not works:
+            log.warning("torch.compile does not work here: training goes on without it, slower")
+        return compiled if works else eager
+
+    def _wants_compile(self) -> bool:
+        setting = self._config.train.compile
+        return setting == "on" or (
+            setting == "auto" and self._config.train.steps >= COMPILE_FROM_STEPS
+        )
+
+    def _probe(self, eager: nn.Module, compiled: nn.Module, batch: Batch) -> bool:
+        """Whether compiled code runs, forward and backward, and agrees with eager code."""
+        try:
+            with self._autocast():
+                loss = compiled(*_inputs(batch))
+            loss.backward()
+            with self._autocast(), torch.no_grad():
+                expected = eager(*_inputs(batch))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.warning("torch.compile failed: %s", str(error).strip().splitlines()[0])
+            return False
+        finally:
+            self._optimizers.zero_grad()
+        return math.isclose(loss.item(), expected.item(), rel_tol=0.02)
+
+    def _exchange_flags(self) -> int:
+        """Tell the other ranks of a wish to stop or to end early; act on those of last step."""
+        wants_stop = STOP if self._control.stop_request() else 0
+        if self._observer and self._observer.is_fenced():
+            wants_stop = FENCED
+        self._control.beat(self._world.rank, self.state.step)
+        stop, end = self._flags.swap([wants_stop, self._proposed_end])
+        self._proposed_end = 0
+        if end and end < self._last_step:
+            self._decide(FINISH_EARLY, max(end, self.state.step + 1))
+        return stop
+
+    def _decide(self, kind: str, value: int | bool) -> None:
+        decision = Decision(self.state.step, kind, value)
+        self.state = replace(self.state, decisions=(*self.state.decisions, decision))
+
+    def _train_step(self) -> None:
+        step = self.state.step
+        loss = torch.zeros((), device=self._world.device)
+        for batch, is_last in _mark_last(self._loader.batches(step)):
+            with contextlib.nullcontext() if is_last else self._no_sync():
+                loss += self._backward(batch)
+        norm = clip_gradients(self._model, self._config.optim.clip_norm)
+        self._optimizers.step(self._lr_fraction(step))
+        self._losses.append(loss)
+        self._norms.append(norm.detach())
+        sequences = self.state.sequences + self._config.train.global_batch_size
+        self.state = replace(
+            self.state,
+            step=step + 1,
+            sequences=sequences,
+            tokens=sequences * self._config.train.context_length,
+        )
+
+    def _backward(self, batch: Batch) -> torch.Tensor:
+        """Add the gradient of one micro-batch; its share of the global mean loss, detached."""
+        with self._autocast():
+            loss = self._loss(*_inputs(batch)) / batch.n_targets_global
+        (loss * self._world.size).backward()
+        return loss.detach()
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        if isinstance(self._loss, DistributedDataParallel):
+            return self._loss.no_sync()
+        return contextlib.nullcontext()
+
+    def _autocast(self) -> torch.autocast:
+        is_on = self._config.train.precision == "bf16"
+        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=is_on)
+
+    def _lr_fraction(self, step: int) -> float:
+        return lr_fraction(step, self._config.train.steps, self._config.schedule, self._early)
+
+    def _flush(self) -> None:
+        """Bring the losses of the steps since the last flush home and hand them on."""
+        if not self._losses:
+            return
+        losses = sum_over_ranks(self._world, torch.stack(self._losses)).tolist()
+        norms = torch.stack(self._norms).tolist()
+        self._losses, self._norms = [], []
+        now = time.monotonic()
+        seconds = (now - self._window_start) / len(losses)
+        self._window_start = now
+        lines = [
+            self._step_line(self.state.step - len(losses) + k + 1, loss, norm, seconds)
+            for k, (loss, norm) in enumerate(zip(losses, norms, strict=True))
+        ]
+        self._raise_if_diverged(lines)
+        if self._observer:
+            self._observer.on_steps(lines)
+            end = self._observer.early_end(self.state.step, self._last_step, seconds)
+            self._proposed_end = end or 0
+
+    def _step_line(self, step: int, loss: float, norm: float, seconds: float) -> StepLine:
+        tokens = self.state.tokens - (self.state.step - step) * self._config.tokens_per_step
+        lr = self._config.optim.lr * self._lr_fraction(step - 1)
+        return StepLine(step, tokens, loss, lr, norm, seconds)
+
+    def _raise_if_diverged(self, lines: list[StepLine]) -> None:
+        for line in lines:
+            if not (math.isfinite(line.loss) and math.isfinite(line.grad_norm)):
+                raise TrainingError(
+                    f"the loss is {line.loss} and the gradient norm {line.grad_norm} at step"
+                    f" {line.step}: start a run of another name with a lower optim.lr"
+                    f" (now {self._config.optim.lr:g}) or train.precision=fp32"
+                )
+
+    def _evaluate(self) -> None:
+        self._flush()
+        with self._clock_paused(), self._autocast():
+            batches = self._loader.validation(self._config.eval.sequences)
+            result = validate(self._world, self._model, batches, self._token_bytes)
+            if self._observer:
+                self._observer.on_validation(self.state, result)
+            gc.collect(1)
+
+    def _save_if_due(self) -> None:
+        if self._observer and self._observer.is_save_due(self.state):
+            self._flush_before_save()
+            self._save()
+
+    def _save(self) -> None:
+        if self._observer:
+            self._observer.save(self.state, self._model, self._optimizers)
+
+    def _flush_before_save(self) -> None:
+        """Refuse to save weights that are not numbers: the last gradient was global."""
+        if self._norms and not math.isfinite(self._norms[-1].item()):
+            self._raise_if_diverged([self._step_line(self.state.step, math.nan, math.nan, 0.0)])
+
+    def _stop(self, flag: int) -> Outcome:
+        if flag == FENCED:
+            reason = "another start of this run leads it by now; this one wrote nothing more"
+            return Outcome("failed", self.state.step, reason)
+        self._flush()
+        self._save()
+        request = self._control.stop_request()
+        return Outcome("stopped", self.state.step, request.reason if request else "a signal")
+
+    def _end_reason(self) -> str:
+        if not self._early:
+            return f"all {self.state.step:,} steps are done"
+        return (
+            f"budget or deadline: annealed from step {self._early[0].step:,} and ended at step"
+            f" {self.state.step:,} of {self._config.train.steps:,}"
+        )
+
+    @contextlib.contextmanager
+    def _clock_paused(self) -> Iterator[None]:
+        """Keep what happens inside out of tokens per second."""
+        begin = time.monotonic()
+        yield
+        self._window_start += time.monotonic() - begin
+
+
+def _inputs(batch: Batch) -> tuple[torch.Tensor | None, ...]:
+    return batch.inputs_BT, batch.targets_BT, batch.positions_BT, batch.document_ids_BT
+
+
+def _mark_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:
+    """Each batch, and whether it is the last."""
+    current = next(batches)
+    for following in batches:
+        yield current, False
+        current = following
+    yield current, True
