@@ -7,6 +7,7 @@
     * StoreError         files cannot be read or written where the URL points
         * StoreNotFoundError     there is no such object
         * StoreExistsError       a conditional create lost: somebody else was first
+        * StoreDamagedError      the object is not what was written: its hash or size is wrong
     * AttemptError       another start leads this run
     * TrainingError      ranks died, hung, or the model stopped learning (loss is not a number)
     * CloudError         a cloud refused, or something of ours is still running there
@@ -47,6 +48,10 @@ class StoreNotFoundError(StoreError):
 
 class StoreExistsError(StoreError):
     """A conditional create lost: the object exists."""
+
+
+class StoreDamagedError(StoreError):
+    """The object is not what was written: its hash or its size is wrong."""
 
 
 class AttemptError(CasallmError):

@@ -1,0 +1,179 @@
+"""What an attempt writes as it goes: metric lines and events, and the run's merged view of them.
+
+Each attempt writes only `metrics.jsonl` and `events.jsonl` in its own directory. On a local disk
+a line is appended as it comes, so that a kill loses none. A bucket cannot append: there the lines
+are kept in memory and the object is written whole, once a minute and before every checkpoint is
+committed; what a kill loses lies beyond that checkpoint and is done again.
+"""
+
+import json
+import logging
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from casallm.config import canonical_json
+from casallm.errors import StoreError, StoreNotFoundError
+from casallm.storage.store import Store
+from casallm.train.attempts import Attempt, attempt_numbers, read_chain, utc_now
+
+log = logging.getLogger(__name__)
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+Line = dict[str, Any]
+
+
+class AttemptLog:
+    """The metric lines and events of one attempt; may be used from several threads.
+
+    Opened again for the same attempt (its ranks were restarted), it continues what is there.
+    """
+
+    def __init__(
+        self, run: Store, attempt: Attempt, *, publish_every_seconds: float = 60.0
+    ) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._lock = threading.Lock()
+        self._publishing = threading.Lock()
+        self._closed = threading.Event()
+        self._lines: dict[str, bytearray] = {}
+        self._published: dict[str, int] = {}
+        for name in (METRICS, EVENTS):
+            content = _read_whole_lines(run, f"{attempt.directory}/{name}")
+            self._lines[name] = bytearray(content)
+            self._published[name] = len(content)
+        if not self._lines[EVENTS]:
+            start = {key: value for key, value in attempt.info.items() if key != "kind"}
+            self.event("start", **start)
+        if run.local_path is None:
+            self._publisher = threading.Thread(
+                target=self._publish_often, args=(publish_every_seconds,), daemon=True
+            )
+            self._publisher.start()
+
+    def metric(self, line: Mapping[str, Any]) -> None:
+        """Add one metric line."""
+        self._append(METRICS, line)
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Add one event: start, machine, price, save, preemption, end, and whatever comes."""
+        self._append(EVENTS, {"kind": kind, **fields, "time": utc_now()})
+
+    def publish(self) -> None:
+        """Make everything added so far readable by others; returns when it is."""
+        if self._run.local_path is not None:
+            return
+        with self._publishing:
+            for name in (METRICS, EVENTS):
+                with self._lock:
+                    content = bytes(self._lines[name])
+                if len(content) != self._published[name]:
+                    self._run.write(f"{self._attempt.directory}/{name}", content)
+                    self._published[name] = len(content)
+
+    def close(self) -> None:
+        """Publish the last lines, and stop publishing."""
+        self._closed.set()
+        self.publish()
+
+    def _append(self, name: str, line: Mapping[str, Any]) -> None:
+        text = (canonical_json(line) + "\n").encode()
+        with self._lock:
+            if self._run.local_path is None:
+                self._lines[name] += text
+            else:
+                _append_to_file(self._run.local_path / self._attempt.directory / name, text)
+
+    def _publish_often(self, seconds: float) -> None:
+        while not self._closed.wait(seconds):
+            try:
+                self.publish()
+            except StoreError as error:
+                log.warning("metrics are not in %s for now: %s", self._run.url, error)
+
+
+def read_lines(run: Store, attempt: int, name: str) -> list[Line]:
+    """The lines of `metrics.jsonl` or `events.jsonl` of an attempt; torn ones are left out."""
+    try:
+        data = run.read(f"attempts/{attempt:06d}/{name}")
+    except StoreNotFoundError:
+        return []
+    return list(_parse_lines(data))
+
+
+def merged_metrics(run: Store) -> list[Line]:
+    """The metric lines of the run's valid history, in step order, each step once.
+
+    A step may have two lines, one of training and one of evaluation. What an attempt wrote
+    beyond the step that its successor started from is left out.
+    """
+    merged: list[Line] = []
+    for link in reversed(read_chain(run).links):
+        lines = read_lines(run, link.attempt.number, METRICS)
+        since = link.attempt.parent.step if link.attempt.parent else 0
+        own = [line for line in lines if isinstance(line.get("step"), int)]
+        for line in own:
+            if line["step"] > since and (link.until is None or line["step"] <= link.until):
+                _place(merged, line)
+    return merged
+
+
+def spent_usd(run: Store) -> float:
+    """The dollars on the last line of any attempt: lines count from the run's first start."""
+    spent = 0.0
+    for number in attempt_numbers(run):
+        for line in reversed(read_lines(run, number, METRICS)):
+            if isinstance(line.get("usd"), int | float):
+                spent = max(spent, float(line["usd"]))
+                break
+    return spent
+
+
+def _place(merged: list[Line], line: Line) -> None:
+    """Append `line`, dropping what it does again (ranks were restarted from an older step)."""
+    while merged and merged[-1]["step"] > line["step"]:
+        merged.pop()
+    is_evaluation = "val_loss" in line
+    for index in range(len(merged) - 1, max(-1, len(merged) - 3), -1):
+        same = merged[index]
+        if same["step"] == line["step"] and ("val_loss" in same) == is_evaluation:
+            merged[index] = line
+            return
+    merged.append(line)
+
+
+def _parse_lines(data: bytes) -> Iterator[Line]:
+    for text in data.splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(line, dict):
+            yield line
+
+
+def _read_whole_lines(run: Store, name: str) -> bytes:
+    """What the object holds so far; a line that a kill cut off is ended."""
+    try:
+        content = run.read(name)
+    except StoreNotFoundError:
+        return b""
+    if content and not content.endswith(b"\n"):
+        content += b"\n"
+        if run.local_path is not None:
+            _append_to_file(run.local_path / name, b"\n")
+    return content
+
+
+def _append_to_file(path: Path, text: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.write(text)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written ({error.strerror}): free some space or check its rights"
+        ) from error
