@@ -1,7 +1,7 @@
 """The names of all numbers that a run records, the lines that hold them, and who hears of them.
 
 A line is one JSON object in `metrics.jsonl`, which is the truth; the progress display and wandb
-are told of each line and may be absent. A number that is not finite is written as null: strict
+are told of each line and may be absent. A number that is not finite is null in a line: strict
 JSON has no NaN. Everything but `Metrics` is a pure function.
 
     step               optimizer steps done
@@ -19,12 +19,14 @@ JSON has no NaN. Everything but `Metrics` is a pure function.
     val_bpb            bits per byte of the same text, special tokens left out
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
+from pydantic import Field
+
+from casallm.config import Config
 from casallm.estimate.hardware import Hardware
 from casallm.estimate.hardware import mfu as mfu_of
 
@@ -43,6 +45,15 @@ TRAINING_FIELDS = (
     "attempt",
 )
 EVALUATION_FIELDS = ("step", "tokens", "val_loss", "val_bpb")
+
+
+class LogConfig(Config):
+    """What is recorded how often, and who else is told."""
+
+    every_steps: int = Field(default=10, gt=0)
+    """Optimizer steps between two lines of metrics and of progress."""
+    wandb: Literal["auto", "off", "offline", "online"] = "auto"
+    """auto: WANDB_MODE if set, else online where a key and a route are found, else offline."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +120,6 @@ def bits_per_byte(nll_sum_nats: float, n_bytes: int) -> float:
     return nll_sum_nats / (math.log(2) * n_bytes) if n_bytes else math.nan
 
 
-def encode_line(line: Line) -> str:
-    """`line` as one line of JSON, line feed included; what is not finite becomes null."""
-    finite = {name: _finite(value) for name, value in line.items()}
-    return json.dumps(finite, separators=(",", ":")) + "\n"
-
-
-def parse_lines(text: str) -> list[Line]:
-    """The whole lines of a `metrics.jsonl`; a torn last line (a lost machine) is dropped."""
-    return [line for row in text.splitlines() if (line := _parsed(row)) is not None]
-
-
 def training_lines(lines: Iterable[Line]) -> list[Line]:
     """Those of `lines` that tell of training."""
     return [line for line in lines if "loss" in line]
@@ -161,11 +161,3 @@ class Metrics:
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def _parsed(row: str) -> Line | None:
-    try:
-        line = json.loads(row)
-    except json.JSONDecodeError:
-        return None
-    return line if isinstance(line, dict) and "step" in line else None
