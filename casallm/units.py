@@ -65,7 +65,8 @@ def format_count(value: float) -> str:
 
 def format_bytes(value: float) -> str:
     """`value` bytes in powers of ten: 4.13 GB."""
-    scaled = _scaled(value, ((1e15, " PB"), (1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB")))
+    steps = ((1e15, " PB"), (1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
+    scaled = _scaled(value, steps)
     return scaled if scaled.endswith("B") else f"{scaled} B"
 
 

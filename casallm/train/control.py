@@ -51,6 +51,14 @@ class Control:
         self.directory = directory
         self._seen_stop: StopRequest | None = None
 
+    def write_spec(self, spec: dict[str, Any]) -> None:
+        """Leave word of what the ranks are to do."""
+        _write_whole(self.directory / "spec.json", json.dumps(spec))
+
+    def spec(self) -> dict[str, Any]:
+        """What the supervisor wants done."""
+        return dict(json.loads((self.directory / "spec.json").read_text()))
+
     def request_stop(self, request: StopRequest) -> None:
         """Ask the ranks to save and end; the first request stands."""
         path = self.directory / "stop.json"

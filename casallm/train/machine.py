@@ -59,7 +59,9 @@ def this_machine() -> Machine:
         device_name=properties.name if properties else platform.processor() or platform.machine(),
         n_gpus=n_gpus,
         gpu_memory_bytes=properties.total_memory if properties else 0,
-        n_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        n_cores=len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count() or 1,
         memory_bytes=psutil.virtual_memory().total,
         python=platform.python_version(),
         torch=torch.__version__,

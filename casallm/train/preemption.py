@@ -96,9 +96,9 @@ def _gcp_notice(base: str) -> StopRequest | None:
 
 def _fetch(url: str, headers: dict[str, str], method: str = "GET") -> str | None:
     """The body at `url`, or None when nobody answers or there is no such page."""
-    request = urllib.request.Request(url, headers=headers, method=method)  # noqa: S310
+    request = urllib.request.Request(url, headers=headers, method=method)
     try:
-        with urllib.request.urlopen(request, timeout=2) as response:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=2) as response:
             return str(response.read().decode("utf-8", "replace"))
     except (urllib.error.URLError, http.client.HTTPException, OSError):
         return None

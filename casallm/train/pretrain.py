@@ -12,9 +12,9 @@ from pathlib import Path
 from casallm.config import Tree, build, merge, parse_overrides, to_tree
 from casallm.data.prepare import dataset_directory, prepare
 from casallm.data.shards import Dataset, is_dataset, open_dataset
-from casallm.errors import CheckpointError, ConfigError, DataError
+from casallm.errors import ConfigError, DataError
 from casallm.estimate.architecture import count_params, shape_for_params
-from casallm.storage.store import Store, open_store
+from casallm.storage.store import Store
 from casallm.train.machine import Machine, supports_bf16
 from casallm.train.run import (
     RunConfig,
@@ -60,9 +60,11 @@ def run_url(request: Request, machine: Machine) -> str:
     """Where the run lives: as asked, else `runs/<preset or size>-<data>`."""
     if request.run and ("/" in request.run or "://" in request.run):
         return request.run
+    if request.run:
+        return f"runs/{request.run}"
     size = request.params or request.preset or choose_preset(machine)
     data = Path(request.data.rstrip("/")).name.split(".")[0] if request.data else "builtin"
-    return f"runs/{request.run or f'{size.lower()}-{data or 'data'}'}"
+    return f"runs/{size.lower()}-{data or 'data'}"
 
 
 def resolve(request: Request, machine: Machine, run: Store) -> RunConfig:
@@ -108,7 +110,11 @@ def check_identity(config: RunConfig, dataset: Tree, run: Store) -> list[str]:
 def prepare_dataset(config: RunConfig) -> Dataset:
     """The shards of the run's data: opened where they lie, or made from the documents first."""
     source = Path(config.data.source)
-    directory = source if is_dataset(source) else dataset_directory(config.data, config.tokenizer, config.model.vocab_size)
+    directory = (
+        source
+        if is_dataset(source)
+        else dataset_directory(config.data, config.tokenizer, config.model.vocab_size)
+    )
     if not is_dataset(directory):
         prepare(config.data, config.tokenizer, config.model.vocab_size, directory)
     dataset = open_dataset(directory)
@@ -129,10 +135,12 @@ def fit_to_data(config: RunConfig, dataset: Dataset, *, is_length_asked: bool) -
         return config
     epochs = config.total_tokens / tokens
     if is_length_asked:
-        log.warning("the %s tokens of the data will be repeated %.0f times", format_count(tokens), epochs)
+        log.warning(
+            "the %s tokens of the data will be repeated %.0f times", format_count(tokens), epochs
+        )
         return config
     log.warning(
-        "the data has %s tokens: training %s steps (%d epochs) instead of %s; TOKENS= says otherwise",
+        "the data has %s tokens: training %s steps (%d epochs) instead of %s (TOKENS= insists)",
         format_count(tokens),
         f"{most:,}",
         MAX_EPOCHS,

@@ -56,22 +56,29 @@ class BatchLoader(Protocol):
 
 
 @dataclass(frozen=True)
-class StepLine:
-    """What one optimizer step was like; `seconds` is training time alone."""
+class Interval:
+    """The steps between two looks at the losses; rate and norm are those of the last one."""
 
     step: int
     tokens: int
+    n_steps: int
     loss: float
+    """Mean over the steps, in nats a target."""
     lr: float
     grad_norm: float
+    """Before clipping."""
     seconds: float
+    """Training time alone: evaluations and saves are left out."""
 
 
 class Observer(Protocol):
     """Rank 0's view of the training: it records, saves, samples and watches the money."""
 
-    def on_steps(self, lines: list[StepLine]) -> None:
-        """Steps have been done."""
+    def on_step(self, step: int) -> None:
+        """That many steps are done."""
+
+    def on_interval(self, interval: Interval) -> None:
+        """The losses of some steps have come home."""
 
     def on_validation(self, state: TrainState, result: Validation) -> None:
         """The model was evaluated."""
@@ -130,6 +137,8 @@ class Trainer:
             if stop:
                 return self._stop(stop)
             self._train_step()
+            if self._observer:
+                self._observer.on_step(self.state.step)
             if self._is_due(self._config.log.every_steps):
                 self._flush()
             if self._is_due(self._config.eval.every_steps):
@@ -267,31 +276,26 @@ class Trainer:
         losses = sum_over_ranks(self._world, torch.stack(self._losses)).tolist()
         norms = torch.stack(self._norms).tolist()
         self._losses, self._norms = [], []
+        self._raise_if_diverged(losses, norms)
         now = time.monotonic()
-        seconds = (now - self._window_start) / len(losses)
-        self._window_start = now
-        lines = [
-            self._step_line(self.state.step - len(losses) + k + 1, loss, norm, seconds)
-            for k, (loss, norm) in enumerate(zip(losses, norms, strict=True))
-        ]
-        self._raise_if_diverged(lines)
+        seconds, self._window_start = now - self._window_start, now
         if self._observer:
-            self._observer.on_steps(lines)
-            end = self._observer.early_end(self.state.step, self._last_step, seconds)
+            step, n_steps = self.state.step, len(losses)
+            lr = self._config.optim.lr * self._lr_fraction(step - 1)
+            mean = math.fsum(losses) / n_steps
+            self._observer.on_interval(
+                Interval(step, self.state.tokens, n_steps, mean, lr, norms[-1], seconds)
+            )
+            end = self._observer.early_end(step, self._last_step, seconds / n_steps)
             self._proposed_end = end or 0
 
-    def _step_line(self, step: int, loss: float, norm: float, seconds: float) -> StepLine:
-        tokens = self.state.tokens - (self.state.step - step) * self._config.tokens_per_step
-        lr = self._config.optim.lr * self._lr_fraction(step - 1)
-        return StepLine(step, tokens, loss, lr, norm, seconds)
-
-    def _raise_if_diverged(self, lines: list[StepLine]) -> None:
-        for line in lines:
-            if not (math.isfinite(line.loss) and math.isfinite(line.grad_norm)):
+    def _raise_if_diverged(self, losses: list[float], norms: list[float]) -> None:
+        for k, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise TrainingError(
-                    f"the loss is {line.loss} and the gradient norm {line.grad_norm} at step"
-                    f" {line.step}: start a run of another name with a lower optim.lr"
-                    f" (now {self._config.optim.lr:g}) or train.precision=fp32"
+                    f"the loss is {loss} and the gradient norm {norm} at step"
+                    f" {self.state.step - len(losses) + k + 1}: start a run of another name with a"
+                    f" lower optim.lr (now {self._config.optim.lr:g}) or train.precision=fp32"
                 )
 
     def _evaluate(self) -> None:
@@ -305,17 +309,15 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         if self._observer and self._observer.is_save_due(self.state):
-            self._flush_before_save()
             self._save()
 
     def _save(self) -> None:
+        """Save, unless the last gradient was not a number: it was the same on all ranks."""
         if self._observer:
+            if self._norms:
+                norm = self._norms[-1].item()
+                self._raise_if_diverged([0.0], [norm])
             self._observer.save(self.state, self._model, self._optimizers)
-
-    def _flush_before_save(self) -> None:
-        """Refuse to save weights that are not numbers: the last gradient was global."""
-        if self._norms and not math.isfinite(self._norms[-1].item()):
-            self._raise_if_diverged([self._step_line(self.state.step, math.nan, math.nan, 0.0)])
 
     def _stop(self, flag: int) -> Outcome:
         if flag == FENCED:

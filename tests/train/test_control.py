@@ -1,0 +1,74 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+
+from casallm.train.control import Control, Outcome, StopRequest
+
+
+def test_the_first_request_to_stop_stands(tmp_path):
+    ours, theirs = Control(tmp_path), Control(tmp_path)
+
+    assert theirs.stop_request() is None
+    ours.request_stop(StopRequest("SIGTERM", 30.0))
+    ours.request_stop(StopRequest("SIGINT"))
+
+    assert theirs.stop_request() == StopRequest("SIGTERM", 30.0)
+
+
+def test_outcome_spec_and_errors_come_back_as_left(tmp_path):
+    control = Control(tmp_path)
+    control.write_spec({"a": [1, 2]})
+    control.write_outcome(Outcome("stopped", 7, "SIGTERM"))
+    control.write_error(1, ValueError("first"))
+    time.sleep(0.01)
+    control.write_error(0, ValueError("second"))
+
+    assert Control(tmp_path).spec() == {"a": [1, 2]}
+    assert Control(tmp_path).outcome() == Outcome("stopped", 7, "SIGTERM")
+    rank, words = Control(tmp_path).first_error()
+    assert rank == 1
+    assert words.strip().endswith("ValueError: first")
+
+
+def test_the_slowest_rank_is_the_one_that_counts(tmp_path):
+    control = Control(tmp_path)
+    assert control.seconds_since_beat() is None
+    control.beat(0, 5)
+    control.beat(1, 5)
+    os.utime(tmp_path / "heartbeat-1", (time.time() - 50, time.time() - 50))
+
+    assert 49 < control.seconds_since_beat() < 60
+
+
+def test_a_child_dies_with_its_parent(tmp_path):
+    child = (
+        "from casallm.train.control import die_with_parent as d; d(); import time; time.sleep(60)"
+    )
+    parent = (
+        "import subprocess, sys, time;"
+        f"p = subprocess.Popen([sys.executable, '-c', {child!r}]);"
+        "print(p.pid, flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    time.sleep(0.5)
+
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+
+    deadline = time.monotonic() + 5
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not is_alive(pid)
+
+
+def is_alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
