@@ -1,0 +1,1 @@
+"""Scores: what a model, or something much simpler than a model, makes of text."""
