@@ -11,7 +11,7 @@ import hashlib
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -110,13 +110,16 @@ class LocalStore:
             except OSError:
                 break
 
-    def discard_unfinished(self) -> int:
-        """Remove what writes that were killed left behind; how many files that were."""
+    def discard_unfinished(self, is_stale: Callable[[str], bool]) -> int:
+        """Remove what killed writes left of the names that are stale; how many there were."""
+        discarded = 0
         with _explained(self._root, "delete"):
-            partials = [path for path in self._root.rglob(f".*{PARTIAL}") if path.is_file()]
-            for path in partials:
-                path.unlink(missing_ok=True)
-        return len(partials)
+            for path in self._root.rglob(f".*{PARTIAL}"):
+                target = path.name[1:].removesuffix(PARTIAL).rpartition(".")[0]
+                if is_stale(path.with_name(target).relative_to(self._root).as_posix()):
+                    path.unlink(missing_ok=True)
+                    discarded += 1
+        return discarded
 
     def _path(self, name: str) -> Path:
         return self._root / check_name(name)

@@ -6,6 +6,7 @@ checked or not at all, `get` and `read` return what was written or say what is w
 one winner, and every call ends in bounded time. Nothing above this layer retries.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -60,8 +61,11 @@ class Store(Protocol):
     def delete(self, name: str) -> None:
         """Remove `name`; missing is fine."""
 
-    def discard_unfinished(self) -> int:
-        """Remove what killed writes left (temporary files, open multipart uploads); how many."""
+    def discard_unfinished(self, is_stale: Callable[[str], bool]) -> int:
+        """Remove what killed writes left (temporary files, open multipart uploads); how many.
+
+        `is_stale` is asked about the name that each was to have; a living writer's are spared so.
+        """
 
 
 def open_store(url_or_path: str) -> Store:

@@ -157,9 +157,12 @@ def read_attempt(run: Store, number: int) -> Attempt | None:
     return _parse_attempt(number, record) if record else None
 
 
-def read_chain(run: Store) -> Chain:
-    """The history from the newest attempt back; empty for a run that was never started."""
-    attempt = _newest_readable(run)
+def read_chain(run: Store, *, before: int | None = None) -> Chain:
+    """The history from the newest attempt back; empty for a run that was never started.
+
+    With `before`, from the newest attempt that is older than that one.
+    """
+    attempt = _newest_readable(run, before)
     if attempt is None:
         return Chain(())
     links = [Link(attempt, None)]
@@ -179,8 +182,9 @@ def _directory(number: int) -> str:
     return f"attempts/{number:06d}"
 
 
-def _newest_readable(run: Store) -> Attempt | None:
-    for number in reversed(attempt_numbers(run)):
+def _newest_readable(run: Store, before: int | None) -> Attempt | None:
+    numbers = [n for n in attempt_numbers(run) if before is None or n < before]
+    for number in reversed(numbers):
         attempt = read_attempt(run, number)
         if attempt is not None:
             return attempt
