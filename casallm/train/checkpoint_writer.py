@@ -97,21 +97,18 @@ class CheckpointWriter:
 
     def save(
         self, state: TrainState, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
-    ) -> bool:
-        """Copy the state aside and store it from behind; False if the last is still on its way.
+    ) -> None:
+        """Copy the state aside, once the last save is through, and store it from behind.
 
         Raises AttemptError when another attempt leads, and, for a run on this machine, whatever
-        the last save ended with.
+        the last save ended with. `is_due` keeps training from ever waiting here.
         """
-        if self.is_busy:
-            return False
         self._settle()
         begin = time.monotonic()
         files = self._stage(state, model, optimizer)
         staged = _Staged(state, files, time.monotonic() - begin)
         self._pace.saved(state.step)
         self._job = self._executor.submit(self._store, staged)
-        return True
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until the last save is durable, or raise why it is not; False if time ran out."""

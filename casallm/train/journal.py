@@ -1,6 +1,6 @@
-"""What an attempt writes as it goes: metric lines and events, and the run's merged view of them.
+"""What an attempt writes as it goes: metrics, samples, events; and the run's merged view of them.
 
-Each attempt writes only `metrics.jsonl` and `events.jsonl` in its own directory. On a local disk
+Each attempt writes `metrics.jsonl`, `samples.jsonl` and `events.jsonl` in its own directory only. On a local disk
 a line is appended as it comes, so that a kill loses none. A bucket cannot append: there the lines
 are kept in memory and the object is written whole, once a minute and before every checkpoint is
 committed; what a kill loses lies beyond that checkpoint and is done again.
@@ -9,7 +9,7 @@ committed; what a kill loses lies beyond that checkpoint and is done again.
 import json
 import logging
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,13 @@ from casallm.train.attempts import Attempt, attempt_numbers, read_chain, utc_now
 
 log = logging.getLogger(__name__)
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, SAMPLES, EVENTS = "metrics.jsonl", "samples.jsonl", "events.jsonl"
 
 Line = dict[str, Any]
 
 
 class AttemptLog:
-    """The metric lines and events of one attempt; may be used from several threads.
+    """The metric lines, samples and events of one attempt; may be used from several threads.
 
     Opened again for the same attempt (its ranks were restarted), it continues what is there.
     """
@@ -41,7 +41,7 @@ class AttemptLog:
         self._closed = threading.Event()
         self._lines: dict[str, bytearray] = {}
         self._published: dict[str, int] = {}
-        for name in (METRICS, EVENTS):
+        for name in (METRICS, SAMPLES, EVENTS):
             content = _read_whole_lines(run, f"{attempt.directory}/{name}")
             self._lines[name] = bytearray(content)
             self._published[name] = len(content)
@@ -58,6 +58,10 @@ class AttemptLog:
         """Add one metric line."""
         self._append(METRICS, line)
 
+    def sample(self, *, step: int, tokens: int, prompt: str, text: str) -> None:
+        """Add what the model made of a prompt."""
+        self._append(SAMPLES, {"step": step, "tokens": tokens, "prompt": prompt, "text": text})
+
     def event(self, kind: str, **fields: Any) -> None:
         """Add one event: start, machine, price, save, preemption, end, and whatever comes."""
         self._append(EVENTS, {"kind": kind, **fields, "time": utc_now()})
@@ -67,7 +71,7 @@ class AttemptLog:
         if self._run.local_path is not None:
             return
         with self._publishing:
-            for name in (METRICS, EVENTS):
+            for name in (METRICS, SAMPLES, EVENTS):
                 with self._lock:
                     content = bytes(self._lines[name])
                 if len(content) != self._published[name]:
@@ -110,15 +114,12 @@ def merged_metrics(run: Store) -> list[Line]:
     A step may have two lines, one of training and one of evaluation. What an attempt wrote
     beyond the step that its successor started from is left out.
     """
-    merged: list[Line] = []
-    for link in reversed(read_chain(run).links):
-        lines = read_lines(run, link.attempt.number, METRICS)
-        since = link.attempt.parent.step if link.attempt.parent else 0
-        own = [line for line in lines if isinstance(line.get("step"), int)]
-        for line in own:
-            if line["step"] > since and (link.until is None or line["step"] <= link.until):
-                _place(merged, line)
-    return merged
+    return _merged(run, METRICS, lambda line: "val_loss" in line)
+
+
+def merged_samples(run: Store) -> list[Line]:
+    """The samples of the run's valid history, in step order, each prompt once a step."""
+    return _merged(run, SAMPLES, lambda line: line.get("prompt"))
 
 
 def spent_usd(run: Store) -> float:
@@ -132,14 +133,26 @@ def spent_usd(run: Store) -> float:
     return spent
 
 
-def _place(merged: list[Line], line: Line) -> None:
+def _merged(run: Store, name: str, key: Callable[[Line], Any]) -> list[Line]:
+    """The lines along the chain; of those of one step and one `key` the last."""
+    merged: list[Line] = []
+    for link in reversed(read_chain(run).links):
+        since = link.attempt.parent.step if link.attempt.parent else -1
+        for line in read_lines(run, link.attempt.number, name):
+            step = line.get("step")
+            if type(step) is int and since < step and (link.until is None or step <= link.until):
+                _place(merged, line, key)
+    return merged
+
+
+def _place(merged: list[Line], line: Line, key: Callable[[Line], Any]) -> None:
     """Append `line`, dropping what it does again (ranks were restarted from an older step)."""
     while merged and merged[-1]["step"] > line["step"]:
         merged.pop()
-    is_evaluation = "val_loss" in line
-    for index in range(len(merged) - 1, max(-1, len(merged) - 3), -1):
-        same = merged[index]
-        if same["step"] == line["step"] and ("val_loss" in same) == is_evaluation:
+    for index in reversed(range(len(merged))):
+        if merged[index]["step"] != line["step"]:
+            break
+        if key(merged[index]) == key(line):
             merged[index] = line
             return
     merged.append(line)
