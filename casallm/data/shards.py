@@ -1,0 +1,384 @@
+r"""The shard format: documents as token ids in `.npy` files, described by one manifest.
+
+A dataset directory holds `manifest.json`, `tokenizer/` and shards named
+`<split>-<unit>-<number>.npy`: split is `train` or `val`, unit (letters, digits, `.`, `_`) names the
+unit of input, number counts its shards from 00000. A shard of n tokens is, byte by byte,
+
+    0-7      \x93NUMPY, then 0x01 0x00 (version 1.0 of the .npy format)
+    8-9      118 as little-endian uint16: the length of what follows up to the first token
+    10-127   {'descr': '<u2', 'fortran_order': False, 'shape': (n,), } in ASCII, spaces, \n
+    128-     n little-endian ids: uint16 ('<u2') where vocab_size <= 65,536, else uint32 ('<u4')
+
+so `numpy.load(mmap_mode="r")` opens it. Every document begins with `<|bos|>`, every shard begins
+with a document, and no document spans two shards.
+
+The manifest is UTF-8 JSON with the fields of `Manifest`; `manifest_sha256` is the sha256 of its
+canonical JSON (sorted keys, no spaces) without that key. It holds no time, host or absolute path:
+the same input gives the same bytes. It is written last, so a directory without one is no dataset.
+
+What is checked when: `open_dataset` checks the manifest's own hash, every shard's size and header,
+and, where the shards are below 256 MB together, the sha256 of each. `verify_dataset` hashes
+everything and counts documents and ids whatever the size.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import Field, ValidationError
+
+from casallm.config import Config, sha256_of
+from casallm.data.tokenizer import Ids, Tokenizer, load_tokenizer
+from casallm.errors import DataError
+from casallm.units import format_bytes
+
+FORMAT: Final = "casallm-shards"
+VERSION: Final = 1
+HEADER_BYTES = 128
+SHARD_TOKENS = 100_000_000
+"""A shard ends with the document that reaches this many tokens."""
+
+HASH_AT_OPEN_BYTES = 256_000_000
+"""Shards that are smaller than this together are hashed whenever they are opened (0.2 s)."""
+
+_MAX_OPEN_SHARDS = 64
+_SHA256 = Field(pattern=r"^[0-9a-f]{64}$")
+
+Split = Literal["train", "val"]
+
+
+class ShardRecord(Config):
+    """One shard as the manifest describes it."""
+
+    name: str = Field(pattern=r"^(train|val)-[A-Za-z0-9._]+-\d{5}\.npy$")
+    """File name beside the manifest."""
+    tokens: int = Field(gt=0)
+    """Ids in it."""
+    bytes: int = Field(gt=0)
+    """Size of the file."""
+    sha256: str = _SHA256
+    """Of the whole file."""
+
+
+class SplitRecord(Config):
+    """The shards of one split and what they hold together."""
+
+    tokens: int = Field(ge=0)
+    """Ids, `<|bos|>` included."""
+    documents: int = Field(ge=0)
+    """Documents, each begun by `<|bos|>`."""
+    bytes_of_text: int = Field(ge=0)
+    """Bytes of the documents' text in UTF-8."""
+    shards: tuple[ShardRecord, ...]
+    """By name."""
+
+
+class TokenizerRecord(Config):
+    """Which vocabulary made the ids."""
+
+    name: str
+    """As `Tokenizer.name`."""
+    fingerprint: str = _SHA256
+    """As `Tokenizer.fingerprint`."""
+    vocab_size: int = Field(gt=0)
+    """Real ids, special tokens included."""
+    bos_id: int = Field(ge=0)
+    """The id that begins every document."""
+
+
+class Manifest(Config):
+    """Everything that `manifest.json` says."""
+
+    format: Literal["casallm-shards"] = FORMAT
+    """Always the same."""
+    version: Literal[1] = VERSION
+    """Of this format."""
+    tokenizer: TokenizerRecord
+    """Which vocabulary made the ids."""
+    dtype: Literal["uint16", "uint32"]
+    """Of the ids."""
+    source: dict[str, Any]
+    """Where the documents came from: `name`, `fingerprint`, and what the source says of itself."""
+    splits: dict[Split, SplitRecord]
+    """`train` and `val`."""
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the canonical JSON of everything above: identifies the data set."""
+        return sha256_of(self.model_dump(mode="json"))
+
+    def to_bytes(self) -> bytes:
+        """The file's content, its own hash included."""
+        tree = self.model_dump(mode="json") | {"manifest_sha256": self.sha256}
+        return (json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+class Dataset:
+    """An opened dataset directory; shards are mapped into memory when first asked for."""
+
+    def __init__(self, manifest: Manifest, directory: Path) -> None:
+        self.manifest = manifest
+        self.directory = directory
+        self.splits: Mapping[Split, SplitRecord] = MappingProxyType(manifest.splits)
+        self._mapped = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._map)
+
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary that made the ids; DataError if another lies beside the shards."""
+        tokenizer = load_tokenizer(self.directory / "tokenizer")
+        if tokenizer.fingerprint != self.manifest.tokenizer.fingerprint:
+            raise DataError(
+                f"{self.directory / 'tokenizer'} is not the vocabulary that made the shards beside"
+                " it: prepare the data again"
+            )
+        return tokenizer
+
+    def shard(self, split: Split, number: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        """The ids of one shard, mapped from its file."""
+        return self._mapped(split, number)
+
+    def window_counts(self, split: Split, context_length: int) -> list[int]:
+        """How many windows of `context_length` targets each shard of `split` holds."""
+        return [(shard.tokens - 1) // context_length for shard in self.splits[split].shards]
+
+    def require_vocab_size(self, vocab_size: int) -> None:
+        """DataError unless the shards were made with a vocabulary of `vocab_size`."""
+        made_with = self.manifest.tokenizer.vocab_size
+        if vocab_size != made_with:
+            raise DataError(
+                f"model.vocab_size is {vocab_size} but the shards in {self.directory} were made"
+                f" with {made_with}: train with model.vocab_size={made_with}, or prepare them again"
+                " with --tokenizer"
+            )
+
+    def _map(self, split: Split, number: int) -> npt.NDArray[np.unsignedinteger[Any]]:
+        shard = self.splits[split].shards[number]
+        path = self.directory / shard.name
+        dtype = little_endian(self.manifest.dtype)
+        try:
+            return np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(shard.tokens,))
+        except (OSError, ValueError) as error:
+            raise DataError(_changed(path, str(error))) from None
+
+
+class ShardWriter:
+    """Writes the documents of one split of one unit as shards, whole or not at all."""
+
+    def __init__(self, directory: Path, split: Split, unit: str, *, vocab_size: int) -> None:
+        self._directory = directory
+        self._prefix = f"{split}-{unit}"
+        self._dtype = little_endian(dtype_for(vocab_size))
+        self._file: IO[bytes] | None = None
+        self._tokens = 0
+        self.shards: list[ShardRecord] = []
+
+    def append(self, ids: Ids) -> None:
+        """Adds whole documents; the shard is finished when it is long enough."""
+        if self._file is None:
+            self._file = self._temporary.open("wb")
+            self._file.write(bytes(HEADER_BYTES))
+        self._file.write(ids.astype(self._dtype).tobytes())
+        self._tokens += len(ids)
+        if self._tokens >= SHARD_TOKENS:
+            self.finish()
+
+    def finish(self) -> list[ShardRecord]:
+        """Publishes what has been added; every shard so far, hashed from what the disk holds."""
+        if self._file is None:
+            return self.shards
+        self._file.seek(0)
+        self._file.write(header(self._tokens, self._dtype))
+        self._file.close()
+        name = f"{self._prefix}-{len(self.shards):05d}.npy"
+        record = ShardRecord(
+            name=name,
+            tokens=self._tokens,
+            bytes=HEADER_BYTES + self._tokens * self._dtype.itemsize,
+            sha256=_hash_file(self._temporary),
+        )
+        publish(self._temporary, self._directory / name)
+        self.shards.append(record)
+        self._file, self._tokens = None, 0
+        return self.shards
+
+    def discard(self) -> None:
+        """Removes what has been added since the last shard was published."""
+        if self._file is not None:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            self._file = None
+
+    @property
+    def _temporary(self) -> Path:
+        return self._directory / f".{self._prefix}-{os.getpid()}.tmp"
+
+
+def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrowest of the two types that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def little_endian(dtype: Literal["uint16", "uint32"]) -> np.dtype[Any]:
+    """The type as it lies on disk."""
+    return np.dtype("<u2" if dtype == "uint16" else "<u4")
+
+
+def header(n_tokens: int, dtype: np.dtype[Any]) -> bytes:
+    """The 128 bytes before the first id."""
+    fields = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({n_tokens},), }}"
+    length = HEADER_BYTES - 10
+    text = fields.ljust(length - 1).encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", length) + text
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Gives a whole temporary file its name, after its bytes and before its name are on disk."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a small file so that it is whole or absent whenever the machine stops."""
+    temporary = path.parent / f".{path.name}-{os.getpid()}.tmp"
+    try:
+        temporary.write_bytes(data)
+        publish(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def is_dataset(directory: Path) -> bool:
+    """Whether `directory` holds a manifest of shards, sound or not."""
+    return (directory / "manifest.json").is_file()
+
+
+def open_dataset(directory: Path) -> Dataset:
+    """The dataset in `directory`, checked as the module says; DataError if it is not sound."""
+    manifest = read_manifest(directory)
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with_hash = sum(shard.bytes for shard in shards) <= HASH_AT_OPEN_BYTES
+    dtype = little_endian(manifest.dtype)
+    for shard in shards:
+        if problem := check_shard(directory / shard.name, shard, dtype, with_hash=with_hash):
+            raise DataError(problem)
+    return Dataset(manifest, directory)
+
+
+def verify_dataset(directory: Path) -> list[str]:
+    """Every fault of the dataset in `directory`, one sentence each; empty where it is sound."""
+    try:
+        manifest = read_manifest(directory)
+        dataset = Dataset(manifest, directory)
+        dataset.tokenizer()
+    except DataError as error:
+        return [str(error)]
+    problems = []
+    for split, record in manifest.splits.items():
+        documents = 0
+        for number, shard in enumerate(record.shards):
+            path, dtype = directory / shard.name, little_endian(manifest.dtype)
+            if problem := check_shard(path, shard, dtype, with_hash=True):
+                problems.append(problem)
+                continue
+            ids = dataset.shard(split, number)
+            documents += int(np.count_nonzero(ids == manifest.tokenizer.bos_id))
+            if ids[0] != manifest.tokenizer.bos_id or ids.max() >= manifest.tokenizer.vocab_size:
+                problems.append(f"{path} holds ids that its vocabulary does not have")
+        if documents != record.documents and not problems:
+            problems.append(
+                f"{directory} has {documents} documents in {split}, but its manifest says"
+                f" {record.documents}: prepare it again"
+            )
+    return problems
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest in `directory`, its own hash and the agreement of its numbers checked."""
+    path = directory / "manifest.json"
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise DataError(
+            f"there is no data set in {directory} (no manifest.json): name one, or run `casallm"
+            f" prepare --out {directory}` (again, if it was stopped)"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    try:
+        tree = json.loads(raw)
+        if tree["format"] != FORMAT or tree["version"] != VERSION:
+            raise DataError(
+                f"{path} is {tree['format']!r} version {tree['version']!r}, not {FORMAT!r} version"
+                f" {VERSION}: read it with the program that wrote it, or prepare the data again"
+            )
+        stated = tree.pop("manifest_sha256")
+        manifest = Manifest.model_validate(tree)
+        if stated != sha256_of(tree):
+            raise ValueError("its hash does not match")
+        _require_consistent(manifest)
+    except (ValidationError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} was cut or changed ({' '.join(str(error).split())[:200]}): fetch it again or"
+            " prepare the data again"
+        ) from None
+    return manifest
+
+
+def check_shard(
+    path: Path, shard: ShardRecord, dtype: np.dtype[Any], *, with_hash: bool
+) -> str | None:
+    """What is wrong with the file at `path`, in a sentence; None if it is the shard described."""
+    try:
+        size = path.stat().st_size
+        if size != shard.bytes:
+            return _changed(path, f"{size:,} bytes, not the {shard.bytes:,} of its manifest")
+        with path.open("rb") as file:
+            if file.read(HEADER_BYTES) != header(shard.tokens, dtype):
+                return _changed(path, "its header is not that of the manifest")
+        if with_hash and _hash_file(path) != shard.sha256:
+            return _changed(path, "its sha256 is not that of the manifest")
+    except FileNotFoundError:
+        return f"{path} is missing ({format_bytes(shard.bytes)}): fetch it or prepare again"
+    except OSError as error:
+        return f"{path} cannot be read ({error.strerror}): check the file and the disk"
+    return None
+
+
+def _changed(path: Path, how: str) -> str:
+    return f"{path} was cut or changed ({how}): fetch it again or prepare the data again"
+
+
+def _require_consistent(manifest: Manifest) -> None:
+    names = [shard.name for split in manifest.splits.values() for shard in split.shards]
+    if len(set(names)) != len(names) or set(manifest.splits) != {"train", "val"}:
+        raise ValueError("its splits are not train and val, or a shard is named twice")
+    if manifest.dtype != dtype_for(manifest.tokenizer.vocab_size):
+        raise ValueError(f"{manifest.dtype} is not the type of its vocabulary")
+    width = little_endian(manifest.dtype).itemsize
+    for name, split in manifest.splits.items():
+        if sum(shard.tokens for shard in split.shards) != split.tokens:
+            raise ValueError(f"the tokens of {name} are not those of its shards")
+        for shard in split.shards:
+            if not shard.name.startswith(f"{name}-"):
+                raise ValueError(f"{shard.name} is listed under {name}")
+            if shard.bytes != HEADER_BYTES + shard.tokens * width:
+                raise ValueError(f"the bytes of {shard.name} do not follow from its tokens")
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,399 @@
+"""Byte-level BPE: trained with `tokenizers` or taken from OpenAI by name, encoding by tiktoken.
+
+A vocabulary is a pattern that splits text into words, a rank for every token's bytes (the rank is
+the id and the order of merging) and six special tokens appended after the last id. Text never
+produces a special token: text that spells one is encoded as ordinary text, and decoding leaves
+special ids out, so decode(encode(text)) == text for any text.
+
+On disk (`tokenizer/`) it is `tokenizer.json` in Hugging Face format, which is all that loading
+reads for ids, and `tokenizer_config.json`, which names the special tokens for transformers.
+Trained vocabularies use Qwen2's pattern, which llama.cpp knows as "qwen2": measured on the
+built-in corpus it gives 2 % more bytes a token than GPT-2's at no cost in speed.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from casallm.config import Config, nearest
+from casallm.errors import DataError, MissingExtraError
+
+SPECIAL_TOKENS = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
+"""Appended to every vocabulary, in this order."""
+
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CL100K_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+NAMED = {"gpt2": ("gpt2", GPT2_PATTERN), "cl100k": ("cl100k_base", CL100K_PATTERN)}
+"""tiktoken's name and the published pattern of each vocabulary known by name."""
+
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+DOWNLOAD_SECONDS = 60.0
+MAX_SPACES = 4096
+"""Longer runs of white space are cut before encoding: the pattern's look-ahead exhausts a stack."""
+
+_BLOCK_CHARS = 1 << 20
+_BOUNDARY = "\x00<|document|>\x00"
+"""Marks a document's start inside a block; a block with a text that spells it is not joined."""
+
+Ids = npt.NDArray[np.uint32]
+
+
+class TokenizerConfig(Config):
+    """Which vocabulary splits the text; `model.vocab_size` says how large a trained one is."""
+
+    name: str = "trained"
+    """trained: on the documents themselves; gpt2 or cl100k; or a directory that holds one."""
+
+
+class Tokenizer:
+    """Text to ids and back; built by `train_tokenizer`, `named_tokenizer` or `load_tokenizer`."""
+
+    def __init__(
+        self, name: str, *, pattern: str, ranks: dict[bytes, int], reserved: dict[str, int]
+    ) -> None:
+        """`reserved`: special tokens that the vocabulary had before our six, which stay unused."""
+        import tiktoken
+
+        self.name = name
+        self.pattern = pattern
+        self.ranks = ranks
+        self.reserved = reserved
+        first = max([*ranks.values(), *reserved.values()]) + 1
+        self.special_ids = {token: first + i for i, token in enumerate(SPECIAL_TOKENS)}
+        self.vocab_size = first + len(SPECIAL_TOKENS)
+        self._bytes: list[bytes] = [b""] * self.vocab_size
+        for token, rank in ranks.items():
+            self._bytes[rank] = token
+        encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={_BOUNDARY: self.bos_id}
+        )
+        self._core = encoding._core_bpe
+
+    @property
+    def bos_id(self) -> int:
+        """Begins every document and every conversation."""
+        return self.special_ids["<|bos|>"]
+
+    @property
+    def system_id(self) -> int:
+        """Begins a system message."""
+        return self.special_ids["<|system|>"]
+
+    @property
+    def user_id(self) -> int:
+        """Begins a user's message."""
+        return self.special_ids["<|user|>"]
+
+    @property
+    def assistant_id(self) -> int:
+        """Begins an assistant's message."""
+        return self.special_ids["<|assistant|>"]
+
+    @property
+    def end_id(self) -> int:
+        """Ends every message."""
+        return self.special_ids["<|end|>"]
+
+    @property
+    def pad_id(self) -> int:
+        """Fills rows up; never a target."""
+        return self.special_ids["<|pad|>"]
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decides ids: pattern, ranks and special tokens."""
+        digest = hashlib.sha256(self.pattern.encode())
+        for token, rank in sorted(self.ranks.items(), key=lambda item: item[1]):
+            digest.update(b"\0%d %s" % (rank, token.hex().encode()))
+        for text, id_ in (*self.reserved.items(), *self.special_ids.items()):
+            digest.update(f"\0{id_} {text}".encode())
+        return digest.hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text` as ordinary text, without `<|bos|>`."""
+        return self._encode(text).tolist()
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        """The ids of each text, as `encode` gives them."""
+        return [self.encode(text) for text in texts]
+
+    def encode_documents(self, texts: Sequence[str], *, threads: int = 1) -> Ids:
+        """The ids of all documents one after the other, `<|bos|>` before each.
+
+        Equal to encoding them one by one; joined into blocks of about a megabyte that cross into
+        tiktoken once, which is a fifth faster for short documents.
+        """
+        blocks: list[Sequence[str]] = []
+        start = size = 0
+        for i, text in enumerate(texts):
+            size += len(text)
+            if size >= _BLOCK_CHARS or i == len(texts) - 1:
+                blocks.append(texts[start : i + 1])
+                start, size = i + 1, 0
+        with ThreadPoolExecutor(threads) as pool:
+            encoded = list((pool.map if threads > 1 else map)(self._encode_block, blocks))
+        return np.concatenate([np.empty(0, np.uint32), *encoded])
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for; special ids stand for none."""
+        return b"".join(self._bytes[id_] for id_ in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are no whole UTF-8 character become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes of text that each id stands for, 0 for special ids (for bits per byte)."""
+        return np.array([len(token) for token in self._bytes], dtype=np.int64)
+
+    def save(self, directory: Path) -> None:
+        """Writes `tokenizer.json` and `tokenizer_config.json` into `directory`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<|bos|>",
+            "eos_token": "<|end|>",
+            "pad_token": "<|pad|>",
+            "clean_up_tokenization_spaces": False,
+            "casallm_name": self.name,
+        }
+        files = {"tokenizer.json": _to_hugging_face(self), "tokenizer_config.json": config}
+        for name, content in files.items():
+            text = json.dumps(content, ensure_ascii=False, indent=1)
+            (directory / name).write_text(text + "\n", encoding="utf-8")
+
+    def _encode(self, text: str) -> Ids:
+        try:
+            return np.frombuffer(self._core.encode_to_tiktoken_buffer(text, set()), np.uint32)
+        except UnicodeEncodeError:
+            return self._encode(replace_surrogates(text))
+        except ValueError:  # "Max stack size exceeded for backtracking"
+            pieces = _cut_spaces(text)
+            if len(pieces) == 1:
+                raise
+            return np.concatenate([self._encode(piece) for piece in pieces])
+
+    def _encode_block(self, texts: Sequence[str]) -> Ids:
+        joined = _BOUNDARY + _BOUNDARY.join(texts)
+        if joined.count(_BOUNDARY) == len(texts):
+            try:
+                buffer = self._core.encode_to_tiktoken_buffer(joined, {_BOUNDARY})
+                return np.frombuffer(buffer, np.uint32)
+            except ValueError:  # lone surrogates, or more spaces than the pattern can take
+                pass
+        bos = np.array([self.bos_id], np.uint32)
+        return np.concatenate([part for text in texts for part in (bos, self._encode(text))])
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A vocabulary of `vocab_size` ids, special tokens included, trained on `texts`.
+
+    The same texts give the same vocabulary. DataError if they are too few for that many tokens.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise DataError(
+            f"a vocabulary of {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)}"
+            f" special tokens need {MIN_VOCAB_SIZE}"
+        )
+    tokenizers = _import_tokenizers()
+    trainee = tokenizers.Tokenizer(tokenizers.models.BPE())
+    trainee.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN2_PATTERN), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=list(_BYTE_OF_CHAR),
+        show_progress=False,
+    )
+    trainee.train_from_iterator(texts, trainer)
+    ranks = {_to_bytes(token): rank for token, rank in trainee.get_vocab().items()}
+    if len(ranks) < vocab_size - len(SPECIAL_TOKENS):
+        possible = len(ranks) + len(SPECIAL_TOKENS)
+        raise DataError(
+            f"there is too little text for a vocabulary of {vocab_size:,}: it has words for"
+            f" {possible:,}; ask for {possible:,} or fewer, or add text"
+        )
+    return Tokenizer(f"bpe-{vocab_size}", pattern=QWEN2_PATTERN, ranks=ranks, reserved={})
+
+
+def named_tokenizer(name: str, *, seconds: float = DOWNLOAD_SECONDS) -> Tokenizer:
+    """The vocabulary `gpt2` or `cl100k`, through tiktoken and its cache (TIKTOKEN_CACHE_DIR).
+
+    tiktoken downloads without a time limit, so it is waited for on a thread, `seconds` at most.
+    """
+    if name not in NAMED:
+        raise DataError(
+            f"there is no vocabulary named {name!r}{nearest(name, NAMED)}: use {', '.join(NAMED)},"
+            " trained, or a directory that holds a tokenizer.json"
+        )
+    encoding_name, pattern = NAMED[name]
+    encoding = _get_encoding(encoding_name, seconds)
+    ranks, reserved = encoding._mergeable_ranks, encoding._special_tokens
+    return Tokenizer(name, pattern=pattern, ranks=ranks, reserved=reserved)
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The vocabulary that `Tokenizer.save` wrote into `directory`; DataError if it is not one."""
+    path = directory / "tokenizer.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return _from_hugging_face(content, config["casallm_name"])
+    except FileNotFoundError as error:
+        raise DataError(
+            f"there is no tokenizer in {directory} ({Path(error.filename).name} is missing):"
+            " name a directory that casallm wrote"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path} is not a tokenizer that casallm wrote ({type(error).__name__}: {error}):"
+            " train it again or name another"
+        ) from None
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` with lone surrogates, which no UTF-8 can hold, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _get_encoding(name: str, seconds: float) -> Any:
+    import tiktoken
+
+    outcome: list[Any] = []
+
+    def fetch() -> None:
+        try:
+            outcome.append(tiktoken.get_encoding(name))
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors
+            outcome.append(error)
+
+    thread = threading.Thread(target=fetch, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    failure = outcome[0] if outcome else f"no answer in {seconds:.0f} s"
+    if outcome and not isinstance(failure, Exception):
+        return failure
+    reason = failure if isinstance(failure, str) else type(failure).__name__
+    raise DataError(
+        f"the vocabulary {name} could not be downloaded ({reason}): point TIKTOKEN_CACHE_DIR at a"
+        " folder that holds it, or use tokenizer.name=trained"
+    )
+
+
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers
+        import tokenizers.models
+        import tokenizers.pre_tokenizers
+        import tokenizers.trainers
+    except ImportError:
+        raise MissingExtraError("tokenizers", "data") from None
+    return tokenizers
+
+
+def _cut_spaces(text: str) -> list[str]:
+    """`text` in pieces, none of which holds a run of more than MAX_SPACES spaces."""
+    cuts = [0]
+    for run in re.finditer(rf"\s{{{MAX_SPACES + 1},}}", text):
+        cuts += range(run.start() + MAX_SPACES, run.end(), MAX_SPACES)
+    return [text[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+
+
+def _printable_bytes() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes, in which Hugging Face files spell tokens."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in plain]
+    characters = {chr(byte): byte for byte in plain}
+    return characters | {chr(256 + i): byte for i, byte in enumerate(rest)}
+
+
+_BYTE_OF_CHAR = _printable_bytes()
+_CHAR_OF_BYTE = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
+
+
+def _to_bytes(token: str) -> bytes:
+    return bytes(_BYTE_OF_CHAR[char] for char in token)
+
+
+def _to_text(token: bytes) -> str:
+    return "".join(_CHAR_OF_BYTE[byte] for byte in token)
+
+
+def _to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated"}
+    specials = {**tokenizer.reserved, **tokenizer.special_ids}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    ranked = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
+    vocab = {_to_text(token): rank for token, rank in ranked}
+    merges = [_split_once(token, tokenizer.ranks) for token, _ in ranked if len(token) > 1]
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": id_, "content": text, **flags, "special": True} for text, id_ in specials.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
+        },
+        "post_processor": None,
+        "decoder": byte_level | {"use_regex": True},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": vocab | specials,
+            "merges": [[_to_text(left), _to_text(right)] for left, right in merges],
+        },
+    }
+
+
+def _split_once(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that the merge which makes `token` joins: BPE stopped one merge early."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _from_hugging_face(content: dict[str, Any], name: str) -> Tokenizer:
+    specials = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
+    vocab = content["model"]["vocab"]
+    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
+    tokenizer = Tokenizer(
+        name,
+        pattern=pattern,
+        ranks={_to_bytes(token): rank for token, rank in vocab.items() if token not in specials},
+        reserved={text: id_ for text, id_ in specials.items() if text not in SPECIAL_TOKENS},
+    )
+    if any(specials.get(text) != id_ for text, id_ in tokenizer.special_ids.items()):
+        raise ValueError(f"its special tokens are {sorted(specials)}")
+    return tokenizer
