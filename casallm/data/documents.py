@@ -78,9 +78,9 @@ def read_documents(piece: Piece, *, text_column: str, oddities: Oddities) -> Ite
     try:
         for text, where in reader(piece, text_column):
             if not isinstance(text, str):
-                oddities.add("null" if text is None else "not text", where)
+                oddities.add("left out, null" if text is None else "left out, not text", where)
             elif not text or text.isspace():
-                oddities.add("empty", where)
+                oddities.add("left out, empty", where)
             else:
                 yield text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from casallm.data.manifest import SPLITS, Split
 from casallm.data.order import Order
-from casallm.data.shards import Dataset, Split
+from casallm.data.shards import Dataset
 from casallm.errors import DataError
 
 IGNORED = -1
@@ -60,8 +61,9 @@ class PretrainLoader:
         self._device = device
         self._order = Order(dataset.window_counts("train", context_length), seed)
         self.sequences_per_epoch = self._order.n_windows
-        if not self.sequences_per_epoch:
-            raise DataError(_too_small(dataset, "train", context_length))
+        for split in SPLITS:
+            if not sum(dataset.window_counts(split, context_length)):
+                raise DataError(_too_small(dataset, split, context_length))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: tuple[int, Future[list[torch.Tensor]]] | None = None
 
@@ -85,8 +87,6 @@ class PretrainLoader:
         """The first `n_sequences` held-out windows (all, if fewer), shared out over the ranks."""
         counts = self._dataset.window_counts("val", self._context_length)
         n_sequences = min(n_sequences, sum(counts))
-        if not n_sequences:
-            raise DataError(_too_small(self._dataset, "val", self._context_length))
         starts = np.cumsum([0, *counts])
         windows = np.arange(self._rank, n_sequences, self._world_size)
         shards = np.searchsorted(starts, windows, side="right") - 1

@@ -12,37 +12,40 @@ unit of input, number counts its shards from 00000. A shard of n tokens is, byte
 so `numpy.load(mmap_mode="r")` opens it. Every document begins with `<|bos|>`, every shard begins
 with a document, and no document spans two shards.
 
-The manifest is UTF-8 JSON with the fields of `Manifest`; `manifest_sha256` is the sha256 of its
-canonical JSON (sorted keys, no spaces) without that key. It holds no time, host or absolute path:
-the same input gives the same bytes. It is written last, so a directory without one is no dataset.
+The manifest (module `manifest`) is written last, so a directory without one is no dataset.
 
 What is checked when: `open_dataset` checks the manifest's own hash, every shard's size and header,
 and, where the shards are below 256 MB together, the sha256 of each. `verify_dataset` hashes
 everything and counts documents and ids whatever the size.
 """
 
+import contextlib
 import functools
 import hashlib
-import json
 import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any, Final, Literal
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, ValidationError
 
-from casallm.config import Config, sha256_of
+from casallm.data.manifest import (
+    HEADER_BYTES,
+    Manifest,
+    ShardRecord,
+    Split,
+    SplitRecord,
+    dtype_for,
+    little_endian,
+    read_manifest,
+)
 from casallm.data.tokenizer import Ids, Tokenizer, load_tokenizer
 from casallm.errors import DataError
 from casallm.units import format_bytes
 
-FORMAT: Final = "casallm-shards"
-VERSION: Final = 1
-HEADER_BYTES = 128
 SHARD_TOKENS = 100_000_000
 """A shard ends with the document that reaches this many tokens."""
 
@@ -50,75 +53,6 @@ HASH_AT_OPEN_BYTES = 256_000_000
 """Shards that are smaller than this together are hashed whenever they are opened (0.2 s)."""
 
 _MAX_OPEN_SHARDS = 64
-_SHA256 = Field(pattern=r"^[0-9a-f]{64}$")
-
-Split = Literal["train", "val"]
-
-
-class ShardRecord(Config):
-    """One shard as the manifest describes it."""
-
-    name: str = Field(pattern=r"^(train|val)-[A-Za-z0-9._]+-\d{5}\.npy$")
-    """File name beside the manifest."""
-    tokens: int = Field(gt=0)
-    """Ids in it."""
-    bytes: int = Field(gt=0)
-    """Size of the file."""
-    sha256: str = _SHA256
-    """Of the whole file."""
-
-
-class SplitRecord(Config):
-    """The shards of one split and what they hold together."""
-
-    tokens: int = Field(ge=0)
-    """Ids, `<|bos|>` included."""
-    documents: int = Field(ge=0)
-    """Documents, each begun by `<|bos|>`."""
-    bytes_of_text: int = Field(ge=0)
-    """Bytes of the documents' text in UTF-8."""
-    shards: tuple[ShardRecord, ...]
-    """By name."""
-
-
-class TokenizerRecord(Config):
-    """Which vocabulary made the ids."""
-
-    name: str
-    """As `Tokenizer.name`."""
-    fingerprint: str = _SHA256
-    """As `Tokenizer.fingerprint`."""
-    vocab_size: int = Field(gt=0)
-    """Real ids, special tokens included."""
-    bos_id: int = Field(ge=0)
-    """The id that begins every document."""
-
-
-class Manifest(Config):
-    """Everything that `manifest.json` says."""
-
-    format: Literal["casallm-shards"] = FORMAT
-    """Always the same."""
-    version: Literal[1] = VERSION
-    """Of this format."""
-    tokenizer: TokenizerRecord
-    """Which vocabulary made the ids."""
-    dtype: Literal["uint16", "uint32"]
-    """Of the ids."""
-    source: dict[str, Any]
-    """Where the documents came from: `name`, `fingerprint`, and what the source says of itself."""
-    splits: dict[Split, SplitRecord]
-    """`train` and `val`."""
-
-    @property
-    def sha256(self) -> str:
-        """The hash of the canonical JSON of everything above: identifies the data set."""
-        return sha256_of(self.model_dump(mode="json"))
-
-    def to_bytes(self) -> bytes:
-        """The file's content, its own hash included."""
-        tree = self.model_dump(mode="json") | {"manifest_sha256": self.sha256}
-        return (json.dumps(tree, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 class Dataset:
@@ -163,7 +97,8 @@ class Dataset:
         path = self.directory / shard.name
         dtype = little_endian(self.manifest.dtype)
         try:
-            return np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(shard.tokens,))
+            mapped = np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(shard.tokens,))
+            return mapped.view(np.ndarray)
         except (OSError, ValueError) as error:
             raise DataError(_changed(path, str(error))) from None
 
@@ -211,23 +146,14 @@ class ShardWriter:
     def discard(self) -> None:
         """Removes what has been added since the last shard was published."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk refuses what is still buffered
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
             self._file = None
 
     @property
     def _temporary(self) -> Path:
         return self._directory / f".{self._prefix}-{os.getpid()}.tmp"
-
-
-def dtype_for(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The narrowest of the two types that holds every id."""
-    return "uint16" if vocab_size <= 1 << 16 else "uint32"
-
-
-def little_endian(dtype: Literal["uint16", "uint32"]) -> np.dtype[Any]:
-    """The type as it lies on disk."""
-    return np.dtype("<u2" if dtype == "uint16" else "<u4")
 
 
 def header(n_tokens: int, dtype: np.dtype[Any]) -> bytes:
@@ -306,38 +232,6 @@ def verify_dataset(directory: Path) -> list[str]:
     return problems
 
 
-def read_manifest(directory: Path) -> Manifest:
-    """The manifest in `directory`, its own hash and the agreement of its numbers checked."""
-    path = directory / "manifest.json"
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        raise DataError(
-            f"there is no data set in {directory} (no manifest.json): name one, or run `casallm"
-            f" prepare --out {directory}` (again, if it was stopped)"
-        ) from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): check the file") from None
-    try:
-        tree = json.loads(raw)
-        if tree["format"] != FORMAT or tree["version"] != VERSION:
-            raise DataError(
-                f"{path} is {tree['format']!r} version {tree['version']!r}, not {FORMAT!r} version"
-                f" {VERSION}: read it with the program that wrote it, or prepare the data again"
-            )
-        stated = tree.pop("manifest_sha256")
-        manifest = Manifest.model_validate(tree)
-        if stated != sha256_of(tree):
-            raise ValueError("its hash does not match")
-        _require_consistent(manifest)
-    except (ValidationError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"{path} was cut or changed ({' '.join(str(error).split())[:200]}): fetch it again or"
-            " prepare the data again"
-        ) from None
-    return manifest
-
-
 def check_shard(
     path: Path, shard: ShardRecord, dtype: np.dtype[Any], *, with_hash: bool
 ) -> str | None:
@@ -360,23 +254,6 @@ def check_shard(
 
 def _changed(path: Path, how: str) -> str:
     return f"{path} was cut or changed ({how}): fetch it again or prepare the data again"
-
-
-def _require_consistent(manifest: Manifest) -> None:
-    names = [shard.name for split in manifest.splits.values() for shard in split.shards]
-    if len(set(names)) != len(names) or set(manifest.splits) != {"train", "val"}:
-        raise ValueError("its splits are not train and val, or a shard is named twice")
-    if manifest.dtype != dtype_for(manifest.tokenizer.vocab_size):
-        raise ValueError(f"{manifest.dtype} is not the type of its vocabulary")
-    width = little_endian(manifest.dtype).itemsize
-    for name, split in manifest.splits.items():
-        if sum(shard.tokens for shard in split.shards) != split.tokens:
-            raise ValueError(f"the tokens of {name} are not those of its shards")
-        for shard in split.shards:
-            if not shard.name.startswith(f"{name}-"):
-                raise ValueError(f"{shard.name} is listed under {name}")
-            if shard.bytes != HEADER_BYTES + shard.tokens * width:
-                raise ValueError(f"the bytes of {shard.name} do not follow from its tokens")
 
 
 def _hash_file(path: Path) -> str:

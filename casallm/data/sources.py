@@ -9,23 +9,25 @@ whole row groups of a parquet file, a byte range cut at line ends, or one compre
 400 MB of text; consecutive small ones of the same split together. Units follow from the source
 alone (names, sizes, parquet footers), never from the number of workers.
 
-A source's fingerprint covers the relative name, size and content of every file: all of it up to
-16 MiB, beyond that 16 evenly spaced blocks of 1 MiB, first and last included. An edit elsewhere in
-a large file that keeps its size is not noticed.
+A source's fingerprint covers the relative name, size and content of every file: 16 evenly spaced
+blocks of 1 MiB, the first and the last included, so all of a file of up to 16 MiB. An edit
+elsewhere in a large file that keeps its size is not noticed.
 """
 
 import glob
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from casallm.config import Config, canonical_json, sha256_of
 from casallm.data.builtin import builtin_identity, write_builtin
 from casallm.data.documents import FORMATS, Piece, format_of, open_parquet
+from casallm.data.manifest import Split
 from casallm.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,6 @@ COMPRESSION = 3
 _SAMPLE_BLOCKS = 16
 _SAMPLE_BYTES = 1 << 20
 _VAL_NAME = re.compile(r"(val|valid|validation)[-_.]", re.IGNORECASE)
-
-Split = Literal["train", "val"]
 
 
 class DataConfig(Config):
@@ -107,7 +107,7 @@ class FileSource:
         """The last part of the name, and what the fingerprint covers."""
         digest = hashlib.sha256(canonical_json(self.text_column).encode())
         for file in self.files:
-            digest.update(canonical_json([file.name, file.n_bytes, _sampled_hash(file)]).encode())
+            digest.update(canonical_json([file.name, _sampled_hash(file)]).encode())
         return {
             "name": Path(self.text).name,
             "files": len(self.files),
@@ -159,7 +159,7 @@ def plan_units(files: Sequence[SourceFile], text_column: str) -> list[Unit]:
                 name, split = f"f{i:05d}p{j:04d}", file.split
             pieces.append(piece)
             size += piece.text_bytes
-    return [*units, Unit(name, split, tuple(pieces))]
+    return [*units, Unit(name, split, tuple(pieces))] if pieces else units
 
 
 def _pieces(file: SourceFile, text_column: str) -> Iterator[Piece]:
@@ -243,14 +243,17 @@ def _size(path: Path) -> int:
 
 
 def _sampled_hash(file: SourceFile) -> str:
-    digest = hashlib.sha256()
-    with file.path.open("rb") as raw:
-        if file.n_bytes <= _SAMPLE_BLOCKS * _SAMPLE_BYTES:
-            digest.update(raw.read())
-            return digest.hexdigest()
-        for block in range(_SAMPLE_BLOCKS):
-            raw.seek(block * (file.n_bytes - _SAMPLE_BYTES) // (_SAMPLE_BLOCKS - 1))
-            digest.update(raw.read(_SAMPLE_BYTES))
+    """The hash of the file's size now and of its sampled content."""
+    try:
+        with file.path.open("rb") as raw:
+            n_bytes = raw.seek(0, os.SEEK_END)
+            digest = hashlib.sha256(f"{n_bytes}".encode())
+            last = max(0, n_bytes - _SAMPLE_BYTES)
+            for block in range(_SAMPLE_BLOCKS):
+                raw.seek(block * last // (_SAMPLE_BLOCKS - 1))
+                digest.update(raw.read(_SAMPLE_BYTES))
+    except OSError as error:
+        raise DataError(f"{file.path} cannot be read ({error.strerror}): check the file") from None
     return digest.hexdigest()
 
 

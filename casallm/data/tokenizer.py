@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from casallm.config import Config, nearest
+from casallm.data.tokenizer_file import BYTE_OF_CHAR, from_hugging_face, to_bytes, to_hugging_face
 from casallm.errors import DataError, MissingExtraError
 
 SPECIAL_TOKENS = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
@@ -172,7 +173,9 @@ class Tokenizer:
             "clean_up_tokenization_spaces": False,
             "casallm_name": self.name,
         }
-        files = {"tokenizer.json": _to_hugging_face(self), "tokenizer_config.json": config}
+        special_ids = {**self.reserved, **self.special_ids}
+        content = to_hugging_face(self.pattern, self.ranks, special_ids)
+        files = {"tokenizer.json": content, "tokenizer_config.json": config}
         for name, content in files.items():
             text = json.dumps(content, ensure_ascii=False, indent=1)
             (directory / name).write_text(text + "\n", encoding="utf-8")
@@ -200,6 +203,15 @@ class Tokenizer:
         return np.concatenate([part for text in texts for part in (bos, self._encode(text))])
 
 
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
+    """The vocabulary that `config` names; None where it is to be trained."""
+    if config.name == "trained":
+        return None
+    if config.name not in NAMED and Path(config.name).is_dir():
+        return load_tokenizer(Path(config.name))
+    return named_tokenizer(config.name)
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """A vocabulary of `vocab_size` ids, special tokens included, trained on `texts`.
 
@@ -220,11 +232,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        initial_alphabet=list(_BYTE_OF_CHAR),
+        initial_alphabet=list(BYTE_OF_CHAR),
         show_progress=False,
     )
     trainee.train_from_iterator(texts, trainer)
-    ranks = {_to_bytes(token): rank for token, rank in trainee.get_vocab().items()}
+    ranks = {to_bytes(token): rank for token, rank in trainee.get_vocab().items()}
     if len(ranks) < vocab_size - len(SPECIAL_TOKENS):
         possible = len(ranks) + len(SPECIAL_TOKENS)
         raise DataError(
@@ -256,7 +268,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        return _from_hugging_face(content, config["casallm_name"])
+        return _from_parts(config["casallm_name"], *from_hugging_face(content))
     except FileNotFoundError as error:
         raise DataError(
             f"there is no tokenizer in {directory} ({Path(error.filename).name} is missing):"
@@ -272,6 +284,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 def replace_surrogates(text: str) -> str:
     """`text` with lone surrogates, which no UTF-8 can hold, as U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _from_parts(
+    name: str, pattern: str, ranks: dict[bytes, int], special_ids: dict[str, int]
+) -> Tokenizer:
+    reserved = {text: id_ for text, id_ in special_ids.items() if text not in SPECIAL_TOKENS}
+    tokenizer = Tokenizer(name, pattern=pattern, ranks=ranks, reserved=reserved)
+    if {**reserved, **tokenizer.special_ids} != special_ids:
+        raise ValueError(f"its special tokens are {special_ids}")
+    return tokenizer
 
 
 def _get_encoding(name: str, seconds: float) -> Any:
@@ -315,85 +337,3 @@ def _cut_spaces(text: str) -> list[str]:
     for run in re.finditer(rf"\s{{{MAX_SPACES + 1},}}", text):
         cuts += range(run.start() + MAX_SPACES, run.end(), MAX_SPACES)
     return [text[start:stop] for start, stop in zip(cuts, [*cuts[1:], len(text)], strict=True)]
-
-
-def _printable_bytes() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes, in which Hugging Face files spell tokens."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    characters = {chr(byte): byte for byte in plain}
-    return characters | {chr(256 + i): byte for i, byte in enumerate(rest)}
-
-
-_BYTE_OF_CHAR = _printable_bytes()
-_CHAR_OF_BYTE = {byte: char for char, byte in _BYTE_OF_CHAR.items()}
-
-
-def _to_bytes(token: str) -> bytes:
-    return bytes(_BYTE_OF_CHAR[char] for char in token)
-
-
-def _to_text(token: bytes) -> str:
-    return "".join(_CHAR_OF_BYTE[byte] for byte in token)
-
-
-def _to_hugging_face(tokenizer: Tokenizer) -> dict[str, Any]:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    split = {"type": "Split", "pattern": {"Regex": tokenizer.pattern}, "behavior": "Isolated"}
-    specials = {**tokenizer.reserved, **tokenizer.special_ids}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    ranked = sorted(tokenizer.ranks.items(), key=lambda item: item[1])
-    vocab = {_to_text(token): rank for token, rank in ranked}
-    merges = [_split_once(token, tokenizer.ranks) for token, _ in ranked if len(token) > 1]
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": [
-            {"id": id_, "content": text, **flags, "special": True} for text, id_ in specials.items()
-        ],
-        "normalizer": None,
-        "pre_tokenizer": {
-            "type": "Sequence",
-            "pretokenizers": [split | {"invert": False}, byte_level | {"use_regex": False}],
-        },
-        "post_processor": None,
-        "decoder": byte_level | {"use_regex": True},
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": None,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": False,
-            "byte_fallback": False,
-            "ignore_merges": False,
-            "vocab": vocab | specials,
-            "merges": [[_to_text(left), _to_text(right)] for left, right in merges],
-        },
-    }
-
-
-def _split_once(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that the merge which makes `token` joins: BPE stopped one merge early."""
-    parts = [token[i : i + 1] for i in range(len(token))]
-    while len(parts) > 2:
-        pairs = [ranks.get(parts[i] + parts[i + 1], len(ranks)) for i in range(len(parts) - 1)]
-        i = pairs.index(min(pairs))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
-
-
-def _from_hugging_face(content: dict[str, Any], name: str) -> Tokenizer:
-    specials = {token["content"]: int(token["id"]) for token in content["added_tokens"]}
-    vocab = content["model"]["vocab"]
-    pattern = content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"]
-    tokenizer = Tokenizer(
-        name,
-        pattern=pattern,
-        ranks={_to_bytes(token): rank for token, rank in vocab.items() if token not in specials},
-        reserved={text: id_ for text, id_ in specials.items() if text not in SPECIAL_TOKENS},
-    )
-    if any(specials.get(text) != id_ for text, id_ in tokenizer.special_ids.items()):
-        raise ValueError(f"its special tokens are {sorted(specials)}")
-    return tokenizer
