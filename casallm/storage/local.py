@@ -77,11 +77,11 @@ class LocalStore:
         """Copy the local file `path` to `name`, checked against `sha256` where given."""
         write_file(self._path(name), _pieces(path), sha256=sha256, source=str(path))
 
-    def digest(self, name: str) -> Digest:
-        """The size and sha256 of `name`, read through without keeping it."""
+    def matches(self, name: str, digest: Digest) -> bool:
+        """Whether the content of `name` is what `digest` says."""
         path = self._path(name)
         with _explained(path, "read"):
-            return digest_file(path)
+            return path.stat().st_size == digest.bytes and digest_file(path) == digest
 
     def list(self, prefix: str = "") -> list[Entry]:
         """All files whose name begins with `prefix`, at any depth, sorted by name."""
@@ -172,14 +172,20 @@ def free_bytes(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _partial(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
-    """A new file beside `path` under a temporary name, gone afterwards unless it was renamed."""
+def temporary_path(path: Path) -> Iterator[Path]:
+    """A free name beside `path`, in which nothing is left afterwards unless it was renamed."""
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PARTIAL}")
     try:
-        with partial.open("xb") as file:
-            yield file, partial
+        yield partial
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _partial(path: Path) -> Iterator[tuple[BinaryIO, Path]]:
+    """A new file beside `path` under a temporary name, gone afterwards unless it was renamed."""
+    with temporary_path(path) as partial, partial.open("xb") as file:
+        yield file, partial
 
 
 def _link(partial: Path, path: Path) -> None:

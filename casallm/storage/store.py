@@ -6,12 +6,19 @@ checked or not at all, `get` and `read` return what was written or say what is w
 one winner, and every call ends in bounded time. Nothing above this layer retries.
 """
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from casallm.storage.entry import Digest, Entry
+from casallm.errors import StoreError
+from casallm.storage.entry import Digest, Entry, check_name
+from casallm.storage.file_system import FileSystemBucket
 from casallm.storage.local import LocalStore
+from casallm.storage.remote import RemoteStore
+from casallm.storage.s3 import S3Bucket
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,221}")
 
 
 class Store(Protocol):
@@ -49,8 +56,8 @@ class Store(Protocol):
     def put(self, name: str, path: Path, *, sha256: str | None = None) -> None:
         """Upload the file `path` as `name`, whole, atomic and verified."""
 
-    def digest(self, name: str) -> Digest:
-        """The size and sha256 of `name`, read through without keeping it."""
+    def matches(self, name: str, digest: Digest) -> bool:
+        """Whether the content of `name` is what `digest` says, read through without keeping it."""
 
     def list(self, prefix: str = "") -> list[Entry]:
         """All objects whose name begins with `prefix`, at any depth, sorted by name."""
@@ -69,5 +76,24 @@ class Store(Protocol):
 
 
 def open_store(url_or_path: str) -> Store:
-    """The store at a path ("runs/x") or a URL ("s3://bucket/prefix", "gs://…")."""
-    return LocalStore(Path(url_or_path).expanduser())
+    """The store at a path ("runs/x") or a URL ("s3://bucket/prefix", "gs://…").
+
+    Contacts nobody. StoreError if the URL is malformed or of an unknown kind, MissingExtraError
+    if the library that speaks it is not installed.
+    """
+    scheme, separator, rest = url_or_path.partition("://")
+    if not separator:
+        return LocalStore(Path(url_or_path).expanduser())
+    if scheme == "file":
+        return LocalStore(Path(rest))
+    bucket, _, prefix = rest.strip("/").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise StoreError(
+            f"the URL of kind {scheme}:// names no bucket: write it as {scheme}://BUCKET/NAME, with"
+            " keys and secrets in the environment and not in it"
+        )
+    if prefix:
+        prefix = check_name(prefix) + "/"
+    if scheme in ("s3", "s3a"):
+        return RemoteStore(S3Bucket(bucket), prefix)
+    return RemoteStore(FileSystemBucket(scheme, bucket), prefix)

@@ -271,17 +271,13 @@ def _wrong_size(manifest: Manifest, file: str, sizes: Mapping[str, int]) -> str 
 
 
 def _wrong_content(run: Store, manifest: Manifest, file: str) -> str | None:
-    expected = manifest.files[file].sha256
     try:
-        found = run.digest(f"{manifest.directory}/{file}").sha256
+        if run.matches(f"{manifest.directory}/{file}", manifest.files[file]):
+            return None
     except StoreNotFoundError:
         return f"{manifest.directory}/{file} is missing"
-    if found != expected:
-        return (
-            f"{manifest.directory}/{file} is damaged (sha256 {found[:12]}… instead of"
-            f" {expected[:12]}…)"
-        )
-    return None
+    expected = manifest.files[file].sha256
+    return f"{manifest.directory}/{file} is damaged (its sha256 is not {expected[:12]}…)"
 
 
 def _raise_if(problem: str | None) -> None:
