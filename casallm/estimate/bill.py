@@ -1,0 +1,124 @@
+"""The lines of a bill: what each is, in dollars, and the arithmetic behind it.
+
+Prices of services other than the GPUs are AWS's list prices in us-east-1 (November 2026). A
+machine with a price given by hand is billed for its hours alone.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from casallm.estimate.architecture import count_params
+from casallm.estimate.job import GIVEN, RESTART_SECONDS, STARTUP_SECONDS, Floats, Hours, Job
+from casallm.units import format_bytes, format_count, format_usd
+
+BUCKET_CLOUD = "aws"
+"""Where the bucket is; reading from it elsewhere costs egress."""
+
+_PREPARE_TOKENS_PER_SECOND, _PREPARE_USD_PER_HOUR = 1e6, 0.768
+"""Tokenizing on 16 cores (m6i.4xlarge) in its own job, before the GPUs are rented."""
+
+_CONTROLLER_USD_PER_HOUR, _CONTROLLER_IDLE_HOURS = 0.192, 1 / 6
+"""SkyPilot's controller for managed jobs: 4 vCPUs (m6i.xlarge), stopped after 10 idle minutes."""
+
+_DISK_GB, _DISK_USD_PER_GB_MONTH = 256, 0.08
+"""SkyPilot's default disk, as gp3. Only these clouds bill it apart from the machine."""
+
+_DISK_CLOUDS = ("aws", "azure", "gcp")
+
+_STORAGE_USD_PER_GB_MONTH = 0.023
+"""Tokens, three checkpoints and the finished model, kept for a month in S3."""
+
+_USD_PER_PUT, _EGRESS_USD_PER_GB = 0.005 / 1000, 0.09
+
+_HOURS_PER_MONTH = 730.0
+
+
+@dataclass(frozen=True)
+class Item:
+    """A line of the bill."""
+
+    name: str
+    usd: float
+    source: str
+    """The arithmetic, and where its figures come from."""
+
+
+def itemise(job: Job, hours: Hours) -> tuple[Item, ...]:
+    """The lines for the first of the draws in `hours`, rounded to cents."""
+    sources = _sources(job, hours)
+    return tuple(
+        Item(name, round(float(usd[0]), 2), sources[name])
+        for name, usd in lines(job, hours).items()
+    )
+
+
+def lines(job: Job, hours: Hours) -> dict[str, Floats]:
+    """Dollars of every item for each draw, in the order of the bill."""
+    price = hours.usd_per_hour
+    amounts = {"training": hours.train * price, "startup": hours.startup * price}
+    amounts["evaluation"] = hours.evaluate * price
+    amounts["checkpoints"] = hours.stalls * price
+    if job.is_spot:
+        amounts["preemptions"] = hours.lost * price
+    if job.offer.cloud != GIVEN:
+        amounts["sft"] = hours.sft * price
+        amounts |= _services(job, hours)
+    return amounts
+
+
+def _services(job: Job, hours: Hours) -> dict[str, Floats]:
+    """What is billed beside the machine."""
+    once = np.ones_like(hours.train)
+    prepare_hours = job.tokens / _PREPARE_TOKENS_PER_SECOND / 3600
+    amounts = {"data preparation": prepare_hours * _PREPARE_USD_PER_HOUR * once}
+    if job.offer.cloud in _DISK_CLOUDS:
+        disk_usd_per_hour = _DISK_GB * _DISK_USD_PER_GB_MONTH / _HOURS_PER_MONTH
+        amounts["disk"] = hours.paid * disk_usd_per_hour * job.setup.n_nodes
+    amounts["object storage"] = _stored_bytes(job) / 1e9 * _STORAGE_USD_PER_GB_MONTH * once
+    saves = hours.paid * 3600 / hours.interval
+    amounts["requests"] = saves * _puts_per_save(job) * _USD_PER_PUT
+    if job.offer.cloud != BUCKET_CLOUD:
+        restored = hours.preemptions * job.checkpoint_bytes
+        read_gb = (job.data_bytes * job.setup.n_nodes + restored) / 1e9
+        amounts["egress"] = read_gb * _EGRESS_USD_PER_GB
+    if job.is_spot:
+        amounts["controller"] = (hours.total + _CONTROLLER_IDLE_HOURS) * _CONTROLLER_USD_PER_HOUR
+    return amounts
+
+
+def _sources(job: Job, hours: Hours) -> dict[str, str]:
+    rate = f"{format_count(job.rate.p50)} tokens/s"
+    price = f"{format_usd(job.usd_per_hour)}/h"
+    size, stall = format_bytes(job.checkpoint_bytes), job.recovery.stall
+    minutes = hours.interval[0] / 60
+    return {
+        "training": f"{format_count(job.tokens)} tokens at {rate} x {price}",
+        "startup": f"{STARTUP_SECONDS:.0f} s of boot, image, sync, compilation x {price} (assumed)",
+        "evaluation": f"{format_count(job.eval_tokens)} tokens forward at 3 x {rate} (presets)",
+        "checkpoints": f"a stall of {stall:.1f} s for {size} every {minutes:.0f} min",
+        "preemptions": f"{hours.preemptions[0]:.1f} in all, one in {job.mtbf_hours:.1f} h (median of"
+        f" 23 traces of V100 on AWS): restarts of {RESTART_SECONDS:.0f} s, work done twice;"
+        f" {hours.wait[0]:.1f} h of waiting are not billed",
+        "sft": f"{format_count(job.sft_tokens)} tokens at {rate} (default recipe)",
+        "data preparation": f"{format_count(job.tokens)} tokens at"
+        f" {format_count(_PREPARE_TOKENS_PER_SECOND)}/s on 16 cores x ${_PREPARE_USD_PER_HOUR}/h",
+        "disk": f"{_DISK_GB} GB x {job.setup.n_nodes} x ${_DISK_USD_PER_GB_MONTH}/GB-month (gp3)",
+        "object storage": f"{format_bytes(_stored_bytes(job))} for a month x"
+        f" ${_STORAGE_USD_PER_GB_MONTH}/GB-month (S3)",
+        "requests": f"{_puts_per_save(job)} PUTs a checkpoint x ${_USD_PER_PUT:.6f} (S3)",
+        "egress": f"{format_bytes(job.data_bytes)} of tokens and the checkpoints restored leave"
+        f" {BUCKET_CLOUD} x ${_EGRESS_USD_PER_GB}/GB",
+        "controller": f"{hours.total[0]:.1f} h of SkyPilot's controller, and 10 min x"
+        f" ${_CONTROLLER_USD_PER_HOUR}/h (m6i.xlarge)",
+    }
+
+
+def _stored_bytes(job: Job) -> int:
+    return job.data_bytes + 3 * job.checkpoint_bytes + 4 * count_params(job.setup.config)
+
+
+def _puts_per_save(job: Job) -> int:
+    """Parts of 64 MB, the manifest, and the attempt's own files."""
+    return math.ceil(job.checkpoint_bytes / 64e6) + 4

@@ -1,0 +1,234 @@
+"""The few constants of the throughput model, fitted to published training runs.
+
+A fit is a least-squares problem in the logarithms of rate and constants, with a soft loss (a few
+published figures are runs with their stalls) and weak priors at physically sensible values. The
+test of a fit is a group that it never saw: `leave_one_group_out`.
+"""
+
+import csv
+import math
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, cast, get_args
+
+import numpy as np
+
+from casallm.errors import DataError
+from casallm.estimate.architecture import ModelConfig, flops_per_token
+from casallm.estimate.hardware import gpu_named
+from casallm.estimate.memory import Precision, Recompute, Sharding, Stack
+from casallm.estimate.throughput import Constants, Setup, step_time
+
+PRIORS: Mapping[str, tuple[float, float]] = {
+    "matmul_eager": (0.95, 0.10),
+    "matmul_compiled": (1.0, 0.05),
+    "tail_eager": (1.5, 0.5),
+    "tail_compiled": (0.7, 0.3),
+    "attention": (0.5, 0.3),
+    "exposed": (0.5, 1.0),
+    "hop_seconds": (50e-6, 1.0),
+    "fp8_gain": (1.6, 0.1),
+    "recompute_share": (1.0, 0.1),
+    "straggling": (0.01, 0.5),
+}
+"""Median and standard deviation of the logarithm of each constant before any run is seen."""
+
+EAGER = ("matmul_eager", "tail_eager", "attention", "exposed", "hop_seconds", "recompute_share")
+"""What the published benchmark of one uncompiled system determines."""
+
+COMPILED = ("matmul_compiled", "tail_compiled", "fp8_gain", "straggling")
+"""What the published figures of other systems determine."""
+
+_NOISE = 0.05
+"""Standard deviation of the logarithm of a published rate around a perfect model of its system."""
+
+_FOUNDRY_HEADS = {768: 12, 1024: 16, 1536: 12, 2048: 16, 2560: 20, 4096: 32, 5120: 40}
+"""llm-foundry's head counts by width: its table of results leaves them out."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One published rate and the setup that gave it."""
+
+    system: str
+    setup: Setup
+    tokens_per_second: float
+    """Of the whole job."""
+    scope: Literal["bench", "run"]
+    """A benchmark in steady state, or a whole run with what went wrong in it."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """How far predictions were from runs that the fit had not seen."""
+
+    median: float
+    """Median of the relative error's magnitude."""
+    p90: float
+    """Its 90th percentile."""
+    log_errors: tuple[float, ...]
+    """Logarithm of predicted over published, a run each."""
+
+
+def read_foundry_runs(path: Path) -> list[Run]:
+    """The rows of llm-foundry's benchmark as `published-runs/calibration.csv` holds them."""
+    return [_foundry_run(row) for row in _read_rows(path)]
+
+
+def read_other_runs(path: Path) -> list[Run]:
+    """The rows of `benchmarks/calibration/other_systems.csv`."""
+    return [_other_run(row) for row in _read_rows(path)]
+
+
+def fit(runs: Sequence[Run], names: Sequence[str], start: Constants) -> Constants:
+    """`start` with the constants in `names` fitted to `runs` (Levenberg-Marquardt)."""
+    sigmas = np.array([PRIORS[name][1] for name in names])
+    medians = {name: PRIORS[name][0] for name in names}
+
+    def constants(x: np.ndarray) -> Constants:
+        scaled = {n: medians[n] * math.exp(v) for n, v in zip(names, x, strict=True)}
+        return replace(start, **scaled)
+
+    def residuals(x: np.ndarray) -> np.ndarray:
+        misfit = _soft(log_errors(runs, constants(x)) / _NOISE)
+        return np.concatenate([misfit, x / sigmas])
+
+    x = np.zeros(len(names))
+    current = residuals(x)
+    damping = 1e-2
+    for _ in range(40):
+        slopes = [(residuals(x + step) - current) / 1e-4 for step in 1e-4 * np.eye(len(x))]
+        jacobian = np.array(slopes).T
+        normal = jacobian.T @ jacobian + damping * np.eye(len(x))
+        moved = x - np.linalg.solve(normal, jacobian.T @ current)
+        candidate = residuals(moved)
+        if candidate @ candidate < current @ current:
+            x, current, damping = moved, candidate, damping / 3
+        else:
+            damping *= 5
+    return constants(x)
+
+
+def log_errors(runs: Sequence[Run], constants: Constants) -> np.ndarray:
+    """Logarithm of predicted over published rate, a run each."""
+    rates = [step_time(run.setup, constants).tokens_per_second for run in runs]
+    return np.log(np.array(rates) / np.array([run.tokens_per_second for run in runs]))
+
+
+def leave_one_group_out(
+    runs: Sequence[Run], group: Callable[[Run], Hashable], names: Sequence[str], start: Constants
+) -> Score:
+    """Errors on each group when the constants are fitted to all the others."""
+    errors = np.zeros(len(runs))
+    groups = [group(run) for run in runs]
+    for held_out in dict.fromkeys(groups):
+        seen = [run for run, g in zip(runs, groups, strict=True) if g != held_out]
+        mask = np.array([g == held_out for g in groups])
+        unseen = [run for run, g in zip(runs, groups, strict=True) if g == held_out]
+        errors[mask] = log_errors(unseen, fit(seen, names, start))
+    return score(errors)
+
+
+def constant_mfu_errors(runs: Sequence[Run], group: Callable[[Run], Hashable]) -> Score:
+    """The same with the simplest model: the median MFU of the GPU's other runs, or of all."""
+    errors = []
+    for run in runs:
+        seen = [other for other in runs if group(other) != group(run)]
+        same = [r for r in seen if r.setup.hardware.name == run.setup.hardware.name]
+        utilisation = float(np.median([_utilisation(other) for other in same or seen]))
+        errors.append(math.log(utilisation / _utilisation(run)))
+    return score(np.array(errors))
+
+
+def score(errors: np.ndarray) -> Score:
+    """The summary of logarithmic errors."""
+    relative = np.abs(np.exp(errors) - 1)
+    return Score(
+        median=float(np.median(relative)),
+        p90=float(np.quantile(relative, 0.9)),
+        log_errors=tuple(float(e) for e in errors),
+    )
+
+
+def _utilisation(run: Run) -> float:
+    flops = flops_per_token(run.setup.config, run.setup.context_length)
+    peak = run.setup.hardware.peak_flops * run.setup.n_gpus
+    return run.tokens_per_second * flops / peak
+
+
+def _soft(errors: np.ndarray) -> np.ndarray:
+    """Residuals whose squares grow like the error itself once it is large."""
+    return np.sign(errors) * np.sqrt(2 * (np.sqrt(1 + errors**2) - 1))
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            return list(csv.DictReader(file))
+    except FileNotFoundError:
+        raise DataError(f"there are no published runs at {path}: check the path") from None
+
+
+def _foundry_run(row: Mapping[str, str]) -> Run:
+    width = int(row["d_model"])
+    config = ModelConfig(
+        family="classic",
+        n_layers=int(row["n_layer"]),
+        d_model=width,
+        n_heads=_FOUNDRY_HEADS[width],
+        vocab_size=50_432,
+    )
+    micro = re.search(r"-mb(\d+)-", row["id"])
+    batch = re.search(r"global batch (\d+)", row["notes"])
+    n_gpus = int(row["n_gpu"])
+    micro_batch_size = int(micro[1]) if micro else 8
+    setup = Setup(
+        config=config,
+        context_length=int(row["ctx"]),
+        hardware=gpu_named(row["gpu"]),
+        micro_batch_size=micro_batch_size,
+        global_batch_size=int(batch[1]) if batch else 2 * micro_batch_size * n_gpus,
+        n_nodes=n_gpus // 8,
+        stack="eager",
+        precision="fp8" if "fp8" in row["precision"] else "bf16",
+        recompute="full" if row["recompute"] == "1" else "none",
+        sharding="fsdp",
+    )
+    rate = float(row["tok_s_per_gpu"]) * n_gpus
+    return Run("llm-foundry", setup, rate, "bench" if row["grade"] == "A" else "run")
+
+
+def _other_run(row: Mapping[str, str]) -> Run:
+    config = ModelConfig(
+        family=cast(Literal["classic", "modern"], row["family"]),
+        n_layers=int(row["n_layers"]),
+        d_model=int(row["d_model"]),
+        n_heads=int(row["n_heads"]),
+        n_kv_heads=int(row["n_kv_heads"]),
+        d_ff=int(row["d_ff"]),
+        vocab_size=int(row["vocab_size"]),
+    )
+    context_length = int(row["context"])
+    setup = Setup(
+        config=config,
+        context_length=context_length,
+        hardware=gpu_named(row["gpu"]),
+        micro_batch_size=int(row["micro_batch"]),
+        global_batch_size=int(row["batch_tokens"]) // context_length,
+        gpus_per_node=int(row["gpus_per_node"]),
+        n_nodes=int(row["n_nodes"]),
+        stack=cast(Stack, _one_of(row["stack"], Stack)),
+        precision=cast(Precision, _one_of(row["precision"], Precision)),
+        recompute=cast(Recompute, _one_of(row["recompute"], Recompute)),
+        sharding=cast(Sharding, _one_of(row["sharding"], Sharding)),
+    )
+    rate = float(row["tokens_per_second_per_gpu"]) * setup.n_gpus
+    return Run(row["system"], setup, rate, "run" if row["scope"] == "run" else "bench")
+
+
+def _one_of(value: str, choices: object) -> str:
+    if value not in get_args(choices):
+        raise DataError(f"{value!r} in the published runs is none of {get_args(choices)}")
+    return value

@@ -1,0 +1,155 @@
+"""How a model is laid out on a machine: micro-batch, recomputation, sharding, global batch.
+
+What is not said is chosen as a good engineer would: the fastest way that fits the memory, by the
+throughput model itself. DDP, where every GPU holds the whole model, is what casallm trains with;
+sharded layouts are predicted as well, for the runs of other programs.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from casallm.errors import ConfigError
+from casallm.estimate.architecture import ModelConfig, count_params
+from casallm.estimate.hardware import Hardware
+from casallm.estimate.memory import Precision, Recompute, Sharding, Stack, largest_micro_batch
+from casallm.estimate.throughput import Setup, step_time
+from casallm.units import format_bytes, format_count
+
+MAX_MICRO_TOKENS = 65_536
+"""Tokens of one forward pass beyond which nothing is gained."""
+
+MIN_STEP_TOKENS = 16_384
+"""Tokens of a GPU in an optimizer step below which people rather enlarge the global batch."""
+
+DDP_BONUS = 1.05
+"""DDP is preferred while it is at most this much slower: it is simpler, and casallm's own."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What was asked for of the layout; None leaves the choice open."""
+
+    stack: Stack = "compiled"
+    precision: Precision = "bf16"
+    micro_batch_size: int | None = None
+    recompute: Recompute | None = None
+    sharding: Sharding | None = None
+    batch_tokens: int | None = None
+    node_bandwidth: float | None = None
+
+
+def default_batch_tokens(n_params: int) -> int:
+    """Tokens of an optimizer step: 0.5M at 124M parameters, growing with the horizon^0.383.
+
+    nanochat's measured law for 20 tokens a parameter, rounded down to a power of two.
+    """
+    return int(2 ** math.floor(19 + 0.383 * math.log2(max(n_params, 2**14) / 124e6)))
+
+
+def plan_layout(
+    config: ModelConfig,
+    context_length: int,
+    hardware: Hardware,
+    *,
+    gpus_per_node: int,
+    n_nodes: int = 1,
+    wishes: Wishes | None = None,
+) -> Setup:
+    """The fastest layout that fits and is as wished; ConfigError where none fits."""
+    wanted = wishes or Wishes()
+    _check_precision(hardware, wanted.precision)
+    n_gpus = gpus_per_node * n_nodes
+    batch_tokens = wanted.batch_tokens or max(
+        default_batch_tokens(count_params(config)), n_gpus * MIN_STEP_TOKENS
+    )
+    base = Setup(
+        config=config,
+        context_length=context_length,
+        hardware=hardware,
+        micro_batch_size=1,
+        global_batch_size=max(
+            batch_tokens // context_length, n_gpus * (wanted.micro_batch_size or 1)
+        ),
+        gpus_per_node=gpus_per_node,
+        n_nodes=n_nodes,
+        stack=wanted.stack,
+        precision=wanted.precision,
+        node_bandwidth=wanted.node_bandwidth,
+    )
+    layouts = list(_layouts(base, wanted))
+    if not layouts:
+        raise ConfigError(_nothing_fits(base, wanted))
+    return max(layouts, key=_preference)
+
+
+def fits_ddp(setup: Setup) -> bool:
+    """Whether every GPU can hold the whole model, its state and at least one sequence."""
+    return _largest(replace(setup, sharding="ddp", recompute="none")) >= 1
+
+
+def _preference(setup: Setup) -> float:
+    rate = step_time(setup).tokens_per_second
+    return rate * DDP_BONUS if setup.sharding == "ddp" else rate
+
+
+def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
+    recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
+    for sharding in (wanted.sharding,) if wanted.sharding else ("ddp", "fsdp"):
+        if sharding == "fsdp" and base.n_gpus == 1:
+            continue
+        for recompute in (wanted.recompute,) if wanted.recompute else recomputes:
+            setup = replace(base, sharding=sharding, recompute=recompute)
+            for size in _micro_batch_sizes(setup, wanted):
+                yield replace(setup, micro_batch_size=size)
+
+
+def _micro_batch_sizes(setup: Setup, wanted: Wishes) -> Iterator[int]:
+    largest = _largest(setup)
+    if wanted.micro_batch_size:
+        if wanted.micro_batch_size <= largest:
+            yield wanted.micro_batch_size
+        return
+    cap = min(largest, max(1, MAX_MICRO_TOKENS // setup.context_length))
+    cap = min(cap, setup.global_batch_size // setup.n_gpus)
+    size = 1
+    while size <= cap:
+        yield size
+        size *= 2
+
+
+def _largest(setup: Setup) -> int:
+    return largest_micro_batch(
+        setup.config,
+        setup.context_length,
+        setup.hardware,
+        precision=setup.precision,
+        recompute=setup.recompute,
+        stack=setup.stack,
+        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
+    )
+
+
+def _check_precision(hardware: Hardware, precision: Precision) -> None:
+    if precision == "fp8" and hardware.peak_fp8_flops is None:
+        raise ConfigError(f"{hardware.name} has no fp8: take precision bf16, or an H100 or H200")
+
+
+def _nothing_fits(base: Setup, wanted: Wishes) -> str:
+    size = format_count(count_params(base.config))
+    memory = format_bytes(base.hardware.memory_bytes)
+    machine = f"{base.n_gpus} x {base.hardware.name}"
+    if wanted.micro_batch_size and wanted.micro_batch_size > 1:
+        largest = max(_largest(replace(base, recompute=r, sharding=s)) for r, s in _ALL)
+        if largest:
+            return (
+                f"{wanted.micro_batch_size} sequences of {base.context_length} tokens of a {size}"
+                f" model do not fit {machine}: the most that fit a GPU are {largest}"
+            )
+    return (
+        f"a {size} model with context {base.context_length} does not fit {machine} of {memory}"
+        " each: take GPUs with more memory, more of them, or a smaller model"
+    )
+
+
+_ALL: tuple[tuple[Recompute, Sharding], ...] = (("none", "ddp"), ("full", "ddp"), ("full", "fsdp"))

@@ -1,0 +1,302 @@
+"""How fast a model trains on a machine, part by part, and how sure that is.
+
+The time of an optimizer step on one GPU is a sum of what the chip does one after the other:
+
+* matrix: the products' arithmetic at the share of the peak that large ones sustain, plus the
+  traffic of their operands. The second makes narrow models slower: with k columns to sum over,
+  it is worth `peak / bandwidth / k` of the first.
+* attention: 7 n_layers d_attn context FLOPs a token (2 forward, 5 backward with its own
+  recomputation, the masked half not done), at a rate that grows with the head's width.
+* tail: norms, activations, residual additions, softmax: bytes over the memory's bandwidth.
+* communication: what the slowest link carries and does not hide behind arithmetic, and the
+  waiting of many nodes for each other.
+* optimizer: AdamW's 40 bytes a parameter.
+
+The few constants were fitted to published runs (`casallm.estimate.calibration`) and lie, with
+their provenance, in `throughput.json`. A run's own measured rate replaces all of this.
+"""
+
+import json
+import math
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib import resources
+
+from casallm.errors import ConfigError
+from casallm.estimate.architecture import (
+    ModelConfig,
+    count_matmul_params,
+    count_params,
+    flops_per_token,
+)
+from casallm.estimate.hardware import Hardware
+from casallm.estimate.memory import Precision, Recompute, Sharding, Stack
+
+ACHIEVED_BANDWIDTH = 0.85
+"""Share of the memory's nominal bandwidth that streaming kernels reach."""
+
+LAUNCH_SECONDS = {"compiled": 0.2e-3, "eager": 0.5e-3}
+"""The host's time for a block, forward and backward: a floor when the GPU's work is tiny."""
+
+Z90 = 1.2815515655446004
+"""The standard normal's 90th percentile."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """One way to train one model on one machine."""
+
+    config: ModelConfig
+    context_length: int
+    hardware: Hardware
+    micro_batch_size: int
+    global_batch_size: int
+    """Sequences of one optimizer step, all GPUs together."""
+    gpus_per_node: int = 8
+    n_nodes: int = 1
+    stack: Stack = "compiled"
+    precision: Precision = "bf16"
+    recompute: Recompute = "none"
+    sharding: Sharding = "ddp"
+    node_bandwidth: float | None = None
+    """Bytes a second between nodes where it is known; else the usual for the GPU."""
+
+    @property
+    def n_gpus(self) -> int:
+        """All GPUs of all nodes."""
+        return self.gpus_per_node * self.n_nodes
+
+    @property
+    def micro_steps(self) -> float:
+        """Forward and backward passes of one GPU in an optimizer step."""
+        return max(1.0, self.global_batch_size / (self.micro_batch_size * self.n_gpus))
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step, by what they are spent on."""
+
+    matrix: float
+    attention: float
+    tail: float
+    communication: float
+    optimizer: float
+    tokens: float
+    """Tokens of the step, all GPUs together."""
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.matrix + self.attention + self.tail + self.communication + self.optimizer
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole job, in steady state."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What was fitted; see `throughput.json` for how and on what."""
+
+    matmul_eager: float
+    """Share of the sustained rate that the products of an uncompiled program reach."""
+    matmul_compiled: float
+    """The same, compiled."""
+    tail_eager: float
+    """Bytes of the tail over those counted in `_tail_bytes`."""
+    tail_compiled: float
+    """The same, compiled: kernels are fused."""
+    attention: float
+    """Share of the sustained rate that fused attention reaches on an A100 with heads of 128."""
+    exposed: float
+    """Share of the link's time that is not hidden behind arithmetic."""
+    hop_seconds: float
+    """Waiting of each block's collectives for every doubling of the nodes."""
+    fp8_gain: float
+    """Speed of the blocks' products in fp8 over bf16, casts included."""
+    recompute_share: float
+    """Cost of a recomputed forward pass over that of the first one."""
+    straggling: float
+    """Share of the rate lost at every doubling of the nodes beyond what the links explain."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviations of the logarithm of the rate; they add in squares."""
+
+    system: float
+    """Between programs that do the same."""
+    chip: float
+    """For a GPU on which no published run was used."""
+    doubling: float
+    """For every doubling of the nodes."""
+    measured: float
+    """Of a run's own rate, once it has been measured."""
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Tokens a second of the whole job in steady state, log-normal around the median."""
+
+    p50: float
+    sigma: float
+
+    @property
+    def p10(self) -> float:
+        """Nine of ten runs are faster."""
+        return self.p50 * math.exp(-Z90 * self.sigma)
+
+    @property
+    def p90(self) -> float:
+        """One of ten runs is faster."""
+        return self.p50 * math.exp(Z90 * self.sigma)
+
+
+def predict(setup: Setup, constants: Constants | None = None) -> Throughput:
+    """The rate of `setup`, with its uncertainty."""
+    spread = load_spread()
+    doublings = math.log2(setup.n_nodes)
+    chip = 0.0 if setup.hardware.is_calibrated else spread.chip
+    variance = spread.system**2 + chip**2 + (spread.doubling * doublings) ** 2
+    return Throughput(step_time(setup, constants).tokens_per_second, math.sqrt(variance))
+
+
+def measured(tokens_per_second: float) -> Throughput:
+    """A run's own rate: it replaces the prediction and is nearly certain."""
+    if not (math.isfinite(tokens_per_second) and tokens_per_second > 0):
+        raise ConfigError(
+            f"measured tokens per second are {tokens_per_second:g}, but must be positive:"
+            " take them from the run's progress line"
+        )
+    return Throughput(tokens_per_second, load_spread().measured)
+
+
+def mfu(tokens_per_second: float, setup: Setup) -> float:
+    """Model FLOPs utilisation by the standard convention, of the peak in bf16."""
+    flops = flops_per_token(setup.config, setup.context_length)
+    return tokens_per_second * flops / (setup.hardware.peak_flops * setup.n_gpus)
+
+
+def step_time(setup: Setup, constants: Constants | None = None) -> StepTime:
+    """Seconds of one optimizer step on each GPU, part by part."""
+    known = constants or load_constants()
+    bandwidth = setup.hardware.memory_bandwidth * ACHIEVED_BANDWIDTH
+    repeated = _repeated(setup, known)
+    matrix = _matrix_seconds(setup, known, repeated)
+    attention = _attention_seconds(setup, known)
+    tail_ratio = known.tail_compiled if setup.stack == "compiled" else known.tail_eager
+    tail = tail_ratio * _tail_bytes(setup, repeated) / bandwidth
+    floor = setup.config.n_layers * LAUNCH_SECONDS[setup.stack]
+    idle = max(0.0, floor - matrix - attention - tail)
+    shards = setup.n_gpus if setup.sharding == "fsdp" else 1
+    optimizer = 40 * count_params(setup.config) / shards / bandwidth
+    tokens = setup.micro_batch_size * setup.context_length * setup.micro_steps
+    micro = setup.micro_steps
+    busy = micro * (matrix + attention + tail + idle)
+    lost = known.straggling * math.log2(setup.n_nodes)
+    return StepTime(
+        matrix=micro * matrix,
+        attention=micro * attention,
+        tail=micro * (tail + idle),
+        communication=_communication_seconds(setup, known) + lost * busy,
+        optimizer=optimizer,
+        tokens=tokens * setup.n_gpus,
+    )
+
+
+@cache
+def load_constants() -> Constants:
+    """The fitted constants that ship with the package."""
+    fitted = _fitted()["constants"]
+    return Constants(**{field.name: fitted[field.name] for field in fields(Constants)})
+
+
+@cache
+def load_spread() -> Spread:
+    """The spread of published runs around the model, as it ships with the package."""
+    fitted = _fitted()["spread"]
+    return Spread(**{field.name: fitted[field.name] for field in fields(Spread)})
+
+
+@cache
+def _fitted() -> dict[str, dict[str, float]]:
+    text = resources.files("casallm.estimate").joinpath("throughput.json").read_text("utf-8")
+    return dict(json.loads(text))
+
+
+def _repeated(setup: Setup, known: Constants) -> float:
+    """Forward passes of the blocks' products done a second time, as a share of one."""
+    share = {"none": 0.0, "selective": 0.5, "full": 1.0}[setup.recompute]
+    return share * known.recompute_share
+
+
+def _matrices(config: ModelConfig) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every product of a block."""
+    d_kv = config.kv_heads * config.d_head
+    attention = [(config.d_model, config.d_model + 2 * d_kv), (config.d_model, config.d_model)]
+    widening = 1 if config.family == "classic" else 2
+    mlp = [(config.d_model, widening * config.ff_width), (config.ff_width, config.d_model)]
+    return attention + mlp
+
+
+def _matrix_seconds(setup: Setup, known: Constants, repeated: float) -> float:
+    """Of one micro-step: a product is done once forward and twice backward."""
+    config, hardware = setup.config, setup.hardware
+    share = known.matmul_compiled if setup.stack == "compiled" else known.matmul_eager
+    rate = hardware.peak_flops * hardware.sustained_fraction * share
+    if setup.precision == "fp32":
+        rate /= 2 if hardware.has_bf16 else 8
+    block_rate = rate * (known.fp8_gain if setup.precision == "fp8" else 1.0)
+    bandwidth = hardware.memory_bandwidth * ACHIEVED_BANDWIDTH
+    n_tokens = setup.micro_batch_size * setup.context_length
+    passes = 1 + repeated / 3
+    seconds = 0.0
+    for n_in, n_out in _matrices(config):
+        moved = 6 * (n_tokens * (n_in + n_out) + n_in * n_out)
+        block = 6 * n_tokens * n_in * n_out / block_rate + moved / bandwidth
+        seconds += config.n_layers * passes * block
+    vocab = config.padded_vocab_size
+    moved = 6 * (n_tokens * (config.d_model + vocab) + config.d_model * vocab)
+    return seconds + 6 * n_tokens * config.d_model * vocab / rate + moved / bandwidth
+
+
+def _attention_seconds(setup: Setup, known: Constants) -> float:
+    config, hardware = setup.config, setup.hardware
+    n_tokens = setup.micro_batch_size * setup.context_length
+    passes = {"none": 7, "selective": 7, "full": 9}[setup.recompute]
+    flops = passes * config.n_layers * config.d_model * setup.context_length * n_tokens
+    by_width = config.d_head / (config.d_head + 32) * 1.25
+    share = hardware.sustained_fraction * hardware.attention_fraction * known.attention
+    return flops / (hardware.peak_flops * share * by_width)
+
+
+def _tail_bytes(setup: Setup, repeated: float) -> float:
+    """Of one micro-step, two bytes a value: two norms (10 widths), two residual additions (12),
+    the activation (5 or, gated, 8 MLP widths), and 20 bytes for each score of the vocabulary.
+    """
+    config = setup.config
+    mlp = (5 if config.family == "classic" else 8) * config.ff_width
+    per_token = 2 * config.n_layers * (22 * config.d_model + mlp) * (1 + repeated / 3)
+    per_token += 20 * config.padded_vocab_size
+    return per_token * setup.micro_batch_size * setup.context_length
+
+
+def _communication_seconds(setup: Setup, known: Constants) -> float:
+    """Of an optimizer step: DDP reduces fp32 gradients once; sharded weights travel in bf16 three
+    times a micro-step (gathered twice, gradients scattered once).
+    """
+    n_gpus, hardware = setup.n_gpus, setup.hardware
+    if n_gpus == 1:
+        return 0.0
+    n_params = count_matmul_params(setup.config)
+    between_nodes = setup.node_bandwidth or hardware.node_bandwidth
+    link = hardware.link_bandwidth
+    if setup.n_nodes > 1:
+        link = min(link, between_nodes)
+    times, volume = 1.0, 8.0
+    if setup.sharding == "fsdp":
+        times, volume = setup.micro_steps, 6.0
+    moved = volume * n_params * (n_gpus - 1) / n_gpus
+    hops = 3 * setup.config.n_layers * math.log2(setup.n_nodes)
+    return times * (known.exposed * moved / link + known.hop_seconds * hops)
