@@ -136,6 +136,13 @@ def assert_leading(run: Store, attempt: Attempt) -> None:
         )
 
 
+def list_committed(run: Store) -> list[CheckpointName]:
+    """Every checkpoint that has a manifest, oldest first, those off the history included."""
+    parts = (entry.name.split("/") for entry in run.list("checkpoints/"))
+    folders = [part[1] for part in parts if len(part) == 3 and part[2] == "manifest.json"]
+    return sorted(name for name in map(CheckpointName.parse, folders) if name)
+
+
 def attempt_numbers(run: Store) -> list[int]:
     """The numbers of all attempts, ascending."""
     matches = (_ATTEMPT.fullmatch(entry.name) for entry in run.list("attempts/"))
@@ -143,18 +150,21 @@ def attempt_numbers(run: Store) -> list[int]:
 
 
 def read_attempt(run: Store, number: int) -> Attempt | None:
-    """Attempt `number`; None if it is damaged and never got as far as its first event."""
-    record: dict[str, Any] | None
+    """Attempt `number`; None if it left nothing that can be read and no checkpoint.
+
+    Where `attempt.json` is damaged, the parent is taken from the first event; if that is gone
+    too, the attempt's checkpoints still count, and what came before them is forgotten.
+    """
     try:
-        record = unseal(run.read(f"{_directory(number)}/attempt.json"), SEAL)
-    except StoreNotFoundError:
-        return None
-    except ValueError as error:
-        where = f"{run.url}/{_directory(number)}"
-        record = _first_event(run, number)
-        outcome = "its first event is used instead" if record else "it is skipped"
-        log.warning("%s/attempt.json is damaged (%s): %s", where, error, outcome)
-    return _parse_attempt(number, record) if record else None
+        content = run.read(f"{_directory(number)}/attempt.json")
+        return _parse_attempt(number, unseal(content, SEAL))
+    except (StoreNotFoundError, ValueError) as error:
+        log.warning("attempt %d of %s is damaged: %s", number, run.url, error)
+    record = _first_event(run, number)
+    if record is not None:
+        return _parse_attempt(number, record)
+    has_committed = any(name.attempt == number for name in list_committed(run))
+    return Attempt(number, None, {}) if has_committed else None
 
 
 def read_chain(run: Store, *, before: int | None = None) -> Chain:
@@ -205,16 +215,18 @@ def _first_event(run: Store, number: int) -> dict[str, Any] | None:
     try:
         line = run.read(f"{_directory(number)}/events.jsonl").partition(b"\n")[0]
         event = json.loads(line)
-    except (StoreNotFoundError, ValueError):
+        _parse_attempt(number, event)
+    except (StoreNotFoundError, ValueError, RecursionError):
         return None
-    is_start = isinstance(event, dict) and event.get("kind") == "start"
-    return event if is_start and event.get("attempt") == number else None
+    return event if event.get("kind") == "start" else None
 
 
-def _parse_attempt(number: int, record: dict[str, Any]) -> Attempt | None:
-    parent = record.get("parent")
-    name = CheckpointName.parse(parent) if isinstance(parent, str) else None
-    if record.get("attempt") != number or (parent is not None and name is None):
-        log.warning("attempt %d names itself %r: it is skipped", number, record.get("attempt"))
-        return None
+def _parse_attempt(number: int, record: Any) -> Attempt:
+    """The attempt that `record` describes; ValueError if it describes another or none."""
+    if not isinstance(record, dict) or record.get("attempt") != number or "parent" not in record:
+        raise ValueError("it describes another attempt")
+    parent = record["parent"]
+    name = CheckpointName.parse(str(parent))
+    if parent is not None and name is None:
+        raise ValueError(f"its parent {str(parent)[:80]!r} is no checkpoint")
     return Attempt(number, name, record)

@@ -22,7 +22,7 @@ from casallm.errors import CheckpointError, StoreDamagedError, StoreError, Store
 from casallm.storage.entry import digest_file
 from casallm.storage.local import free_bytes
 from casallm.storage.store import Store
-from casallm.train.attempts import CheckpointName, read_chain
+from casallm.train.attempts import CheckpointName, attempt_numbers, list_committed, read_chain
 from casallm.train.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
@@ -93,13 +93,6 @@ def list_checkpoints(run: Store, *, before: int | None = None) -> list[Checkpoin
     return [name for name in list_committed(run) if chain.has(name.step, name.attempt)]
 
 
-def list_committed(run: Store) -> list[CheckpointName]:
-    """Every checkpoint that has a manifest, oldest first, those off the history included."""
-    parts = (entry.name.split("/") for entry in run.list("checkpoints/"))
-    folders = [part[1] for part in parts if len(part) == 3 and part[2] == "manifest.json"]
-    return sorted(name for name in map(CheckpointName.parse, folders) if name)
-
-
 def newest_good(run: Store, scratch: Path) -> Checkpoint | None:
     """The newest checkpoint that is whole, on this machine; None if the run has none yet.
 
@@ -107,6 +100,11 @@ def newest_good(run: Store, scratch: Path) -> Checkpoint | None:
     the manifest says are used. CheckpointError if there are checkpoints and none is whole.
     """
     names = list_checkpoints(run)
+    if not names and list_committed(run) and not attempt_numbers(run):
+        raise CheckpointError(
+            f"{run.url} holds checkpoints but attempts/, which says how they follow each other, is"
+            " gone: restore it, or begin anew under another run name"
+        )
     problem = None
     while names:
         name = names.pop()

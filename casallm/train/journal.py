@@ -1,9 +1,9 @@
 """What an attempt writes as it goes: metrics, samples, events; and the run's merged view of them.
 
-Each attempt writes `metrics.jsonl`, `samples.jsonl` and `events.jsonl` in its own directory only. On a local disk
-a line is appended as it comes, so that a kill loses none. A bucket cannot append: there the lines
-are kept in memory and the object is written whole, once a minute and before every checkpoint is
-committed; what a kill loses lies beyond that checkpoint and is done again.
+Each attempt writes `metrics.jsonl`, `samples.jsonl` and `events.jsonl` in its own directory only.
+On a local disk a line is appended as it comes, so that a kill loses none. A bucket cannot append:
+there the lines are kept in memory and the object is written whole, once a minute and before every
+checkpoint is committed; what a kill loses lies beyond that checkpoint and is done again.
 """
 
 import json
@@ -28,11 +28,12 @@ Line = dict[str, Any]
 class AttemptLog:
     """The metric lines, samples and events of one attempt; may be used from several threads.
 
-    Opened again for the same attempt (its ranks were restarted), it continues what is there.
+    Opened again for the same attempt (its ranks were restarted), it continues what is there. In a
+    bucket it is published every `publish_every_seconds` (None: only when `publish` is called).
     """
 
     def __init__(
-        self, run: Store, attempt: Attempt, *, publish_every_seconds: float = 60.0
+        self, run: Store, attempt: Attempt, *, publish_every_seconds: float | None = 60.0
     ) -> None:
         self._run = run
         self._attempt = attempt
@@ -48,11 +49,10 @@ class AttemptLog:
         if not self._lines[EVENTS]:
             start = {key: value for key, value in attempt.info.items() if key != "kind"}
             self.event("start", **start)
-        if run.local_path is None:
-            self._publisher = threading.Thread(
+        if run.local_path is None and publish_every_seconds is not None:
+            threading.Thread(
                 target=self._publish_often, args=(publish_every_seconds,), daemon=True
-            )
-            self._publisher.start()
+            ).start()
 
     def metric(self, line: Mapping[str, Any]) -> None:
         """Add one metric line."""

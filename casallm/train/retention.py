@@ -16,9 +16,10 @@ from casallm.train.attempts import (
     Attempt,
     CheckpointName,
     assert_leading,
+    list_committed,
     read_chain,
 )
-from casallm.train.checkpoint import find_problems, list_committed
+from casallm.train.checkpoint import find_problems
 from casallm.train.manifest import directory_of
 
 log = logging.getLogger(__name__)
