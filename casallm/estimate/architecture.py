@@ -168,10 +168,12 @@ def shape_for_params(n_params: int, vocab_size: int | None = None) -> ModelConfi
     so that the embedding stays below about a third of the parameters.
     """
     vocabs = [vocab_size] if vocab_size else _vocabs_for_params(n_params)
+    shapes: list[ModelConfig] = []
     for vocab in vocabs:
-        candidates = [c for c in _candidates(n_params, vocab) if _error(c, n_params) <= 0.03]
-        if candidates:
-            return min(candidates, key=lambda config: _awkwardness(config, n_params))
+        shapes += (c for c in _candidates(n_params, vocab) if _error(c, n_params) <= 0.03)
+        best = min(shapes, key=lambda shape: _awkwardness(shape, n_params), default=None)
+        if best is not None and (_awkwardness(best, n_params) < 0.8 or vocab == vocabs[-1]):
+            return best
     raise ConfigError(
         f"params={format_count(n_params)} has no sensible shape with a vocabulary of"
         f" {vocabs[0]:,}: ask for 1M to 1T parameters, or set model.vocab_size"
@@ -179,11 +181,15 @@ def shape_for_params(n_params: int, vocab_size: int | None = None) -> ModelConfi
 
 
 def _vocabs_for_params(n_params: int) -> list[int]:
-    """Vocabularies to try, the preferred one first; small models need the finer steps."""
+    """Vocabularies to try, the preferred one first; small models need the finer steps.
+
+    A width of 128 or 256 leaves few depths: another vocabulary may give better proportions.
+    """
+    finer = sorted(range(1_024, 6_145, 256), key=lambda size: abs(size - 4_096))
     for preferred in (DEFAULT_VOCAB_SIZE, 16_384, 8_192):
         if preferred * math.sqrt(n_params / 200) < n_params / 3:
-            return [preferred]
-    return sorted(range(1_024, 6_145, 256), key=lambda size: abs(size - 4_096))
+            return [preferred, *finer]
+    return finer
 
 
 def _candidates(n_params: int, vocab_size: int) -> Iterator[ModelConfig]:

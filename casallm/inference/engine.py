@@ -7,6 +7,7 @@ only what is new. The engine never sees text. Shapes: B rows, V real vocabulary.
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Engine:
 
         What the slot already holds from the beginning is kept; the last token is always computed.
         """
-        self._check_fits(len(tokens), 0)
+        self._check_fits(len(tokens))
         held = self._held[slot]
         n_kept = min(_common_prefix(held, tokens), len(tokens) - 1)
         self._cache.truncate(slot, n_kept)
@@ -60,7 +61,7 @@ class Engine:
         """Add `{slot: token}`; returns the scores (BV) after each, in that order."""
         slots = list(next_tokens)
         for slot in slots:
-            self._check_fits(len(self._held[slot]) + 1, 0)
+            self._check_fits(len(self._held[slot]), 1)
         return self._forward(slots, [[next_tokens[slot]] for slot in slots])
 
     def generate(
@@ -88,6 +89,8 @@ class Engine:
         Prompts beyond the number of slots start as others end. What one prompt gets does not
         depend on its company.
         """
+        if max_new_tokens < 1:
+            raise ConfigError(f"max_new_tokens is {max_new_tokens}: ask for at least one new token")
         for prompt in prompts:
             self._check_fits(len(prompt), max_new_tokens)
         return self._stream(prompts, max_new_tokens, sampling or SamplingConfig(), stop_ids)
@@ -99,32 +102,30 @@ class Engine:
         sampling: SamplingConfig,
         stop_ids: Collection[int],
     ) -> Iterator[tuple[int, int]]:
-        generators = [torch.Generator().manual_seed(sampling.seed + n) for n in range(len(prompts))]
-        waiting = deque(range(len(prompts) if max_new_tokens > 0 else 0))
-        running: dict[int, tuple[int, int]] = {}  # slot: (index of the prompt, tokens made)
-        scores: dict[int, Tensor] = {}
-        while waiting or running:
+        waiting = deque(enumerate(prompts))
+        replies: dict[int, _Reply] = {}
+        while waiting or replies:
             for slot in range(self.n_slots):
-                if waiting and slot not in running:
-                    running[slot] = (waiting.popleft(), 0)
-                    scores[slot] = self.prefill(slot, prompts[running[slot][0]])
-            slots = sorted(running)
-            chosen = sample(
-                torch.stack([scores[slot] for slot in slots]),
-                sampling,
-                [generators[running[slot][0]] for slot in slots],
-            )
-            going = {}
-            for slot, token in zip(slots, chosen, strict=True):
-                index, n_made = running.pop(slot)
-                if token in stop_ids:
-                    continue
-                yield index, token
-                if n_made + 1 < max_new_tokens:
-                    running[slot] = (index, n_made + 1)
-                    going[slot] = token
-            if going:
-                scores = dict(zip(going, self.decode(going), strict=True))
+                if waiting and slot not in replies:
+                    index, prompt = waiting.popleft()
+                    generator = torch.Generator().manual_seed(sampling.seed + index)
+                    scores_V = self.prefill(slot, prompt)
+                    replies[slot] = _Reply(index, max_new_tokens, generator, scores_V)
+            chosen = _choose(replies, sampling)
+            for slot, token in chosen.items():
+                reply = replies[slot]
+                if token not in stop_ids:
+                    yield reply.index, token
+                reply.n_left -= 1
+                if token in stop_ids or reply.n_left == 0:
+                    del replies[slot]
+            self._continue({slot: t for slot, t in chosen.items() if slot in replies}, replies)
+
+    def _continue(self, next_tokens: dict[int, int], replies: dict[int, "_Reply"]) -> None:
+        """Decode the tokens just made, and keep the scores that follow them."""
+        if next_tokens:
+            for slot, scores_V in zip(next_tokens, self.decode(next_tokens), strict=True):
+                replies[slot].scores_V = scores_V
 
     def _forward(self, slots: list[int], tokens: list[list[int]]) -> Tensor:
         """Run new tokens of `slots` through the model; the scores (BV) after the last of each."""
@@ -136,14 +137,36 @@ class Engine:
         logits_BV = self.model.logits(hidden_BTD[:, -1])
         return logits_BV[:, : self.model.config.vocab_size]
 
-    def _check_fits(self, n_tokens: int, n_new: int) -> None:
+    def _check_fits(self, n_tokens: int, n_new: int = 0) -> None:
         if n_tokens == 0:
-            raise ConfigError("the prompt is empty: begin it with the tokenizer's bos_id")
+            raise ConfigError("the prompt is empty: begin it with the tokenizer's <|bos|>")
         if n_tokens + n_new > self.context_length:
+            asked = f" and {n_new:,} new ones" if n_new else ""
             raise ConfigError(
-                f"{n_tokens} tokens and {n_new} new ones do not fit into the context of"
-                f" {self.context_length}: shorten the prompt or ask for fewer new tokens"
+                f"{n_tokens:,} tokens{asked} do not fit into the context of"
+                f" {self.context_length:,}: shorten the prompt or ask for fewer new tokens"
             )
+
+
+@dataclass
+class _Reply:
+    """What a slot is busy with."""
+
+    index: int
+    """Which prompt it answers."""
+    n_left: int
+    """Tokens that may still be made."""
+    generator: torch.Generator
+    scores_V: Tensor
+    """Of the token to be chosen next."""
+
+
+def _choose(replies: Mapping[int, _Reply], sampling: SamplingConfig) -> dict[int, int]:
+    """The next token of each busy slot, slots in ascending order."""
+    slots = sorted(replies)
+    scores_BV = torch.stack([replies[slot].scores_V for slot in slots])
+    tokens = sample(scores_BV, sampling, [replies[slot].generator for slot in slots])
+    return dict(zip(slots, tokens, strict=True))
 
 
 def _common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
