@@ -8,16 +8,19 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from casallm import __version__
 from casallm.cli_estimate import estimate_command
-from casallm.errors import CasallmError, CheckpointError
+from casallm.config import build
+from casallm.errors import CasallmError, ConfigError
 
-EXIT_AGAIN = 75
+if TYPE_CHECKING:
+    from rich.table import Table
 
 app = typer.Typer(
     name="casallm",
@@ -139,13 +142,237 @@ def sample(
     as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with the newest good checkpoint of a run."""
-    from casallm.train.using import Sampling, sample_run
+    from casallm.inference.sampling import SamplingConfig
+    from casallm.storage.store import open_store
+    from casallm.train.run_place import run_url
+    from casallm.train.trained import continue_prompts
 
-    prompts = tuple(prompt or ("The",))
-    sampling = Sampling(temperature, top_p, max_new_tokens, seed)
-    texts = sample_run(_run_url(run), prompts, sampling)
+    prompts = prompt or ["The"]
+    sampling = build(SamplingConfig, {"temperature": temperature, "top_p": top_p, "seed": seed})
+    store = open_store(run_url(run))
+    texts = continue_prompts(store, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+    pairs = list(zip(prompts, texts, strict=True))
     if as_json:
-        _print_json([{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)])
+        _print_json([{"prompt": asked, "text": text} for asked, text in pairs])
         return
-    for number, (asked, text) in enumerate(zip(prompts, texts, strict=True)):
-        print(("\n" if number else "") + asked + text)
+    print("\n\n".join(asked + text for asked, text in pairs))
+
+
+@app.command()
+def runs(
+    place: Annotated[str, typer.Argument(help="A directory or bucket of runs.")] = "runs",
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """List runs: state, step, dollars, newest checkpoint."""
+    from casallm.storage.store import open_store
+    from casallm.train.status import list_runs
+
+    found = list_runs(open_store(place))
+    if as_json:
+        _print_json([asdict(status) for status in found])
+        return
+    if not found:
+        print(f"there are no runs in {place}")
+        return
+    table = _table("run", "state", "step", "attempts", "usd", "newest checkpoint", "reason")
+    for status in found:
+        usd = f"{status.usd:.2f}" if status.usd else "-"
+        checkpoint = status.checkpoint or "-"
+        table.add_row(
+            status.url,
+            status.state,
+            f"{status.step:,}",
+            str(status.attempts),
+            usd,
+            checkpoint,
+            status.reason,
+        )
+    _print_table(table)
+
+
+@app.command()
+def verify(run: RunArgument = None, *, as_json: AsJson = False) -> None:
+    """Check every checkpoint of a run to the last byte; ends with 1 if one is bad."""
+    from casallm.storage.store import open_store
+    from casallm.train.checkpoint import verify_run
+    from casallm.train.run import load_config
+    from casallm.train.run_place import run_url, scratch_of
+
+    store = open_store(run_url(run))
+    load_config(store)
+    result = verify_run(store, scratch_of(store))
+    if as_json:
+        _print_json(result)
+    else:
+        for checkpoint in result["checkpoints"]:
+            verdict = "ok" if checkpoint["ok"] else "; ".join(checkpoint["problems"])
+            print(f"{checkpoint['name']}  {verdict}")
+        print(f"newest good: {result['newest_good'] or 'none'}")
+        print(f"weights sha256: {result['weights_sha256'] or '-'}")
+    raise typer.Exit(0 if all(each["ok"] for each in result["checkpoints"]) else 1)
+
+
+@app.command()
+def report(run: RunArgument = None) -> None:
+    """Write report.html, report.md and plots/ of a run, at whatever point it is."""
+    from casallm.storage.store import open_store
+    from casallm.train.report import write_report
+    from casallm.train.run_place import run_url
+
+    store = open_store(run_url(run))
+    write_report(store)
+    print(f"{store.url}/report.html")
+
+
+@app.command()
+def prepare(
+    *,
+    out: Annotated[str, typer.Option(help="Directory for the shards.")],
+    data: Annotated[str, typer.Option(help="builtin, a file, a directory or a glob.")] = "builtin",
+    text_column: Annotated[str, typer.Option(help="Column or field with the text.")] = "text",
+    tokenizer: Annotated[
+        str, typer.Option(help="trained, gpt2, cl100k or a directory that holds one.")
+    ] = "trained",
+    vocab_size: Annotated[
+        str, typer.Option(help="Size of a trained vocabulary, special tokens included.")
+    ] = "40960",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes. Default: one a core.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
+    ] = False,
+) -> None:
+    """Turn documents into shards; the same command continues what was stopped."""
+    from casallm.data.prepare import prepare as prepare_shards
+    from casallm.data.sources import open_source
+    from casallm.data.tokenizer import TokenizerConfig, build_tokenizer
+    from casallm.train.pretrain import say_progress
+    from casallm.units import parse_count
+
+    source = open_source(data, text_column=text_column)
+    n_ids = parse_count(vocab_size, what="vocab-size")
+    chosen = build_tokenizer(TokenizerConfig(name=tokenizer))
+    if dry_run:
+        print(f"would prepare {data} into {out}: {json.dumps(source.identity)}")
+        return
+    dataset = prepare_shards(
+        source,
+        Path(out),
+        tokenizer=chosen,
+        vocab_size=n_ids,
+        workers=workers,
+        on_progress=say_progress(),
+    )
+    counts = ", ".join(f"{split}: {r.tokens:,} tokens" for split, r in dataset.splits.items())
+    print(f"{out} holds {counts}")
+
+
+@data_app.command("show")
+def data_show(
+    directory: Annotated[Path, typer.Argument(help="A directory of shards.")],
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Splits, tokens, documents, lengths, bytes a token, and the beginnings of documents."""
+    from casallm.data.summary import describe_dataset
+
+    summary = describe_dataset(directory)
+    if as_json:
+        _print_json(summary)
+        return
+    tokenizer = summary["tokenizer"]
+    print(f"{summary['directory']}  (sha256 {summary['sha256'][:12]}, {summary['dtype']})")
+    print(f"source     {json.dumps(summary['source'])}")
+    print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
+    table = _table("split", "tokens", "documents", "shards", "bytes/token", "median", "longest")
+    for split, each in summary["splits"].items():
+        lengths = each["document_tokens"]
+        table.add_row(
+            split,
+            f"{each['tokens']:,}",
+            f"{each['documents']:,}",
+            f"{each['shards']:,}",
+            f"{each['bytes_per_token']:.2f}",
+            f"{lengths['median']:,.0f}",
+            f"{lengths['longest']:,}",
+        )
+    _print_table(table)
+    for split, each in summary["splits"].items():
+        for text in each["samples"]:
+            print(f"{split}: {' '.join(text.split())[:200]}")
+
+
+@data_app.command("verify")
+def data_verify(
+    directory: Annotated[Path, typer.Argument(help="A directory of shards.")],
+) -> None:
+    """Hash every shard and count its documents; ends with 1 if one is not what it was."""
+    from casallm.data.shards import verify_dataset
+
+    problems = verify_dataset(directory)
+    print("\n".join(problems) or f"{directory}: every shard is whole")
+    raise typer.Exit(1 if problems else 0)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    *,
+    out: Annotated[Path, typer.Option(help="Directory for the vocabulary.")],
+    data: Annotated[str, typer.Option(help="builtin, a file, a directory or a glob.")] = "builtin",
+    text_column: Annotated[str, typer.Option(help="Column or field with the text.")] = "text",
+    vocab_size: Annotated[str, typer.Option(help="Ids, special tokens included.")] = "40960",
+) -> None:
+    """Train a byte-level BPE vocabulary on documents."""
+    from casallm.data.prepare import train_on_source
+    from casallm.data.sources import open_source
+    from casallm.units import parse_count
+
+    source = open_source(data, text_column=text_column)
+    tokenizer = train_on_source(source, parse_count(vocab_size, what="vocab-size"))
+    tokenizer.save(out)
+    print(f"{out} holds {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}")
+
+
+@tokenizer_app.command("show")
+def tokenizer_show(
+    name: Annotated[str, typer.Argument(help="A directory, gpt2 or cl100k.")],
+    *,
+    text: Annotated[str, typer.Option(help="What to split.")] = "Hello, world!",
+    as_json: AsJson = False,
+) -> None:
+    """Show how a vocabulary splits a text."""
+    from casallm.data.summary import split_into_tokens
+    from casallm.data.tokenizer import TokenizerConfig, build_tokenizer
+
+    tokenizer = build_tokenizer(TokenizerConfig(name=name))
+    if tokenizer is None:
+        raise ConfigError("a vocabulary is needed: name its directory, gpt2 or cl100k")
+    pieces = split_into_tokens(tokenizer, text)
+    if as_json:
+        _print_json([{"id": token, "text": piece} for token, piece in pieces])
+        return
+    print(f"{tokenizer.name}, {tokenizer.vocab_size:,} ids: {len(pieces)} tokens")
+    for token, piece in pieces:
+        print(f"{token:>8}  {piece!r}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _table(*headings: str) -> "Table":
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading)
+    return table
+
+
+def _print_table(table: "Table") -> None:
+    from rich.console import Console
+
+    is_terminal = sys.stdout.isatty()
+    Console(width=None if is_terminal else 160).print(table)

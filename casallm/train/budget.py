@@ -70,6 +70,8 @@ def plan_early_end(
     There is nothing to decide while all steps still fit. When they do not, the run goes on at
     full rate until only the decay's own share of the affordable steps is left.
     """
+    if math.isinf(seconds_left):
+        return None
     usable = seconds_left * (1 - RESERVE_FRACTION) - RESERVE_SECONDS
     affordable = max(0, math.floor(usable / seconds_per_step))
     if step + affordable >= last_step:

@@ -44,6 +44,23 @@ class Outcome:
     reason: str
 
 
+@dataclass(frozen=True)
+class Spec:
+    """What the supervisor tells every rank; travels as JSON."""
+
+    run_url: str
+    config: dict[str, Any]
+    dataset_directory: str
+    scratch: str
+    attempt: int
+    start_from: str | None
+    identity_sha256: str
+    usd_before: float
+    billed_since: float
+    run_started: float
+    elapsed_before: float
+
+
 class Control:
     """The notes of one generation, in `directory`."""
 
@@ -51,13 +68,13 @@ class Control:
         self.directory = directory
         self._seen_stop: StopRequest | None = None
 
-    def write_spec(self, spec: dict[str, Any]) -> None:
+    def write_spec(self, spec: Spec) -> None:
         """Leave word of what the ranks are to do."""
-        _write_whole(self.directory / "spec.json", json.dumps(spec))
+        _write_whole(self.directory / "spec.json", json.dumps(asdict(spec)))
 
-    def spec(self) -> dict[str, Any]:
+    def spec(self) -> Spec:
         """What the supervisor wants done."""
-        return dict(json.loads((self.directory / "spec.json").read_text()))
+        return Spec(**json.loads((self.directory / "spec.json").read_text()))
 
     def request_stop(self, request: StopRequest) -> None:
         """Ask the ranks to save and end; the first request stands."""

@@ -61,9 +61,12 @@ def generate_samples(
 ) -> list[str]:
     """One continuation of each prompt, the same draw at every call with the same weights."""
     engine = Engine(model, n_slots=len(prompts), context_length=context_length)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
-    sampling = SamplingConfig(temperature=SAMPLE_TEMPERATURE, seed=seed)
+    most = max(context_length - SAMPLE_TOKENS, context_length // 2)
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]
     generated = engine.generate(
-        ids, max_new_tokens=SAMPLE_TOKENS, sampling=sampling, stop_ids=[tokenizer.bos_id]
+        ids,
+        max_new_tokens=min(SAMPLE_TOKENS, context_length - most),
+        sampling=SamplingConfig(temperature=SAMPLE_TEMPERATURE, seed=seed),
+        stop_ids=[tokenizer.bos_id],
     )
     return [tokenizer.decode(new) for new in generated]

@@ -1,17 +1,18 @@
 """What only rank 0 does: record, sample, save, watch the money, and notice a newer attempt."""
 
-import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from casallm.data.tokenizer import Tokenizer
-from casallm.errors import AttemptError
 from casallm.model.gpt import GPT
+from casallm.storage.store import Store
+from casallm.train.attempts import Attempt
 from casallm.train.budget import Purse, plan_early_end
-from casallm.train.checkpoint import CheckpointWriter, TrainState
+from casallm.train.checkpoint import TrainState
+from casallm.train.checkpoint_writer import CheckpointWriter
 from casallm.train.evaluation import Validation, generate_samples
 from casallm.train.journal import AttemptLog
 from casallm.train.metrics import Measurement, Metrics, Yardstick, evaluation_line, training_line
@@ -19,8 +20,6 @@ from casallm.train.optim import Optimizers
 from casallm.train.progress import Progress
 from casallm.train.run import RunConfig
 from casallm.train.trainer import Interval
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,33 +43,74 @@ class Sampler:
         return list(zip(self.prompts, texts, strict=True))
 
 
+@dataclass(kw_only=True)
 class Leader:
     """Rank 0's observer of one generation."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        journal: AttemptLog,
-        writer: CheckpointWriter,
-        *,
-        metrics: Metrics,
-        progress: Progress,
-        sampler: Sampler,
-        model: GPT,
-        purse: Purse,
-        yardstick: Yardstick,
-        attempt: int,
-        elapsed_before: float,
-    ) -> None:
-        self._config = config
-        self._journal = journal
-        self._writer = writer
-        self._metrics = metrics
-        self._progress = progress
-        self._sampler = sampler
-        self._model = model
-        self._purse = purse
-        self._yardstick = yardstick
-        self._attempt = attempt
-        self._elapsed_before = elapsed_before
+    config: RunConfig
+    run: Store
+    attempt: Attempt
+    journal: AttemptLog
+    writer: CheckpointWriter
+    metrics: Metrics
+    progress: Progress
+    sampler: Sampler
+    model: GPT
+    purse: Purse
+    yardstick: Yardstick
+    elapsed_before: float
+    """Training time of the attempts before this one, in seconds."""
+
+    def __post_init__(self) -> None:
         self._started = time.monotonic()
+
+    def on_step(self, step: int) -> None:
+        """Move the bar."""
+        self.progress.advance(step)
+
+    def on_interval(self, interval: Interval) -> None:
+        """Record the steps since the last interval."""
+        measured = Measurement(
+            step=interval.step,
+            tokens=interval.tokens,
+            loss=interval.loss,
+            lr=interval.lr,
+            grad_norm=interval.grad_norm,
+            interval_tokens=interval.n_steps * self.config.tokens_per_step,
+            interval_seconds=interval.seconds,
+            elapsed_seconds=self.elapsed_before + time.monotonic() - self._started,
+            usd=self.purse.usd_so_far(time.time()),
+            attempt=self.attempt.number,
+        )
+        self.metrics.log(training_line(measured, self.yardstick))
+
+    def on_validation(self, state: TrainState, result: Validation) -> None:
+        """Record the evaluation and what the model writes by now."""
+        self.metrics.log(
+            evaluation_line(
+                state.step, state.tokens, val_loss=result.loss, val_bpb=result.bits_per_byte
+            )
+        )
+        for prompt, text in self.sampler.samples(self.model):
+            self.journal.sample(step=state.step, tokens=state.tokens, prompt=prompt, text=text)
+
+    def is_save_due(self, state: TrainState) -> bool:
+        """Whether the writer wants a checkpoint now."""
+        return self.writer.is_due(state.step)
+
+    def save(self, state: TrainState, model: nn.Module, optimizers: Optimizers) -> None:
+        """Stage a checkpoint of these tensors."""
+        self.writer.save(state, dict(model.named_parameters()), optimizers.state())
+
+    def is_fenced(self) -> bool:
+        """Whether the writer found a newer attempt."""
+        return self.writer.is_fenced
+
+    def early_end(self, step: int, last: int, seconds_per_step: float) -> int | None:
+        """A nearer last step, if budget or deadline demand one."""
+        return plan_early_end(
+            step,
+            last,
+            seconds_left=self.purse.seconds_left(time.time()),
+            seconds_per_step=seconds_per_step,
+        )

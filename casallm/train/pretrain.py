@@ -6,13 +6,15 @@ config.yaml says when it exists, then what was said on the command line.
 
 import logging
 import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from casallm.config import Tree, build, merge, parse_overrides, to_tree
-from casallm.data.prepare import dataset_directory, prepare
-from casallm.data.shards import Dataset, is_dataset, open_dataset
-from casallm.errors import ConfigError, DataError
+from casallm.data.prepare import Progress, load_or_prepare
+from casallm.data.shards import Dataset
+from casallm.errors import ConfigError
 from casallm.estimate.architecture import count_params, shape_for_params
 from casallm.storage.store import Store
 from casallm.train.machine import Machine, supports_bf16
@@ -23,7 +25,8 @@ from casallm.train.run import (
     load_preset,
     saved_settings,
 )
-from casallm.units import format_count, parse_count
+from casallm.train.run_place import run_url as named_run
+from casallm.units import format_bytes, format_count, format_duration, parse_count
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +35,9 @@ TOKENS_PER_PARAM = 20
 
 MAX_EPOCHS = 4
 """Repeating data up to four times is nearly as good as new data (Muennighoff et al. 2023)."""
+
+
+PREPARE_NEWS_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,11 @@ def choose_preset(machine: Machine) -> str:
 
 def run_url(request: Request, machine: Machine) -> str:
     """Where the run lives: as asked, else `runs/<preset or size>-<data>`."""
-    if request.run and ("/" in request.run or "://" in request.run):
-        return request.run
     if request.run:
-        return f"runs/{request.run}"
+        return named_run(request.run)
     size = request.params or request.preset or choose_preset(machine)
     data = Path(request.data.rstrip("/")).name.split(".")[0] if request.data else "builtin"
-    return f"runs/{size.lower()}-{data or 'data'}"
+    return named_run(f"{size.lower()}-{data or 'data'}")
 
 
 def resolve(request: Request, machine: Machine, run: Store) -> RunConfig:
@@ -109,21 +113,13 @@ def check_identity(config: RunConfig, dataset: Tree, run: Store) -> list[str]:
 
 def prepare_dataset(config: RunConfig) -> Dataset:
     """The shards of the run's data: opened where they lie, or made from the documents first."""
-    source = Path(config.data.source)
-    directory = (
-        source
-        if is_dataset(source)
-        else dataset_directory(config.data, config.tokenizer, config.model.vocab_size)
+    dataset = load_or_prepare(
+        config.data,
+        config.tokenizer,
+        vocab_size=config.model.vocab_size,
+        on_progress=say_progress(),
     )
-    if not is_dataset(directory):
-        prepare(config.data, config.tokenizer, config.model.vocab_size, directory)
-    dataset = open_dataset(directory)
-    if dataset.vocab_size != config.model.vocab_size:
-        raise DataError(
-            f"model.vocab_size is {config.model.vocab_size} but the shards in {directory} were made"
-            f" with {dataset.vocab_size}: train with model.vocab_size={dataset.vocab_size}, or"
-            " prepare them again"
-        )
+    dataset.require_vocab_size(config.model.vocab_size)
     return dataset
 
 
@@ -147,6 +143,28 @@ def fit_to_data(config: RunConfig, dataset: Dataset, *, is_length_asked: bool) -
         f"{config.train.steps:,}",
     )
     return with_steps(config, most)
+
+
+def say_progress() -> Callable[[Progress], None]:
+    """A listener that says how far tokenizing is, every few seconds."""
+    last = time.monotonic()
+
+    def say(progress: Progress) -> None:
+        nonlocal last
+        if time.monotonic() - last < PREPARE_NEWS_SECONDS:
+            return
+        last = time.monotonic()
+        speed = progress.bytes_of_text / max(progress.seconds, 1e-9)
+        left = (progress.text_bytes - progress.bytes_of_text) / max(speed, 1.0)
+        log.info(
+            "tokenizing: %s documents, %s tokens, %s/s, about %s left",
+            format_count(progress.documents),
+            format_count(progress.tokens),
+            format_bytes(speed),
+            format_duration(left),
+        )
+
+    return say
 
 
 def _defaults(machine: Machine) -> Tree:

@@ -17,10 +17,9 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from casallm.errors import TrainingError
-from casallm.train.control import Control, Outcome, StopRequest
+from casallm.train.control import Control, Outcome, Spec, StopRequest
 from casallm.train.preemption import SignalWatch
 
 log = logging.getLogger(__name__)
@@ -42,7 +41,7 @@ GRACE_SECONDS = 10.0
 class Generation:
     """What one torchrun is to do; `spec` is read by every rank."""
 
-    spec: dict[str, Any]
+    spec: Spec
     ranks: int
     threads_per_rank: int
     stall_seconds: float

@@ -96,37 +96,29 @@ class Observer(Protocol):
         """A nearer last step, if money or time run out."""
 
 
+@dataclass(kw_only=True)
 class Trainer:
     """Trains `model` from `state` on; `run` returns how it ended."""
 
-    def __init__(
-        self,
-        config: RunConfig,
-        world: World,
-        model: GPT,
-        loader: BatchLoader,
-        *,
-        optimizers: Optimizers,
-        state: TrainState,
-        control: Control,
-        token_bytes: torch.Tensor,
-        observer: Observer | None,
-    ) -> None:
-        self.state = state
-        self._config = config
-        self._world = world
-        self._model = model
-        self._loader = loader
-        self._optimizers = optimizers
-        self._control = control
-        self._token_bytes = token_bytes
-        self._observer = observer
-        self._flags = FlagExchange(world, 2)
+    config: RunConfig
+    world: World
+    model: GPT
+    loader: BatchLoader
+    optimizers: Optimizers
+    state: TrainState
+    control: Control
+    token_bytes_V: torch.Tensor
+    """Bytes of text behind each token id; 0 for special tokens."""
+    observer: Observer | None
+    """On rank 0 only."""
+
+    def __post_init__(self) -> None:
+        self._loss: nn.Module = TrainingLoss(self.model)
+        self._flags = FlagExchange(self.world, 2)
         self._losses: list[torch.Tensor] = []
         self._norms: list[torch.Tensor] = []
         self._proposed_end = 0
         self._window_start = 0.0
-        self._loss: nn.Module = TrainingLoss(model)
 
     def run(self) -> Outcome:
         """Train until the last step, or until somebody asks to stop."""
@@ -137,11 +129,11 @@ class Trainer:
             if stop:
                 return self._stop(stop)
             self._train_step()
-            if self._observer:
-                self._observer.on_step(self.state.step)
-            if self._is_due(self._config.log.every_steps):
+            if self.observer:
+                self.observer.on_step(self.state.step)
+            if self._is_due(self.config.log.every_steps):
                 self._flush()
-            if self._is_due(self._config.eval.every_steps):
+            if self._is_due(self.config.eval.every_steps):
                 self._evaluate()
             with self._clock_paused():
                 self._save_if_due()
@@ -156,7 +148,7 @@ class Trainer:
 
     @property
     def _last_step(self) -> int:
-        return last_step(self._config.train.steps, self._early)
+        return last_step(self.config.train.steps, self._early)
 
     @property
     def _is_over(self) -> bool:
@@ -171,12 +163,12 @@ class Trainer:
         DDP rebuilds its buckets after the first backward pass, which would let the first step
         after a resume add gradients in another order: that pass is a rehearsal, thrown away.
         """
-        batch = next(iter(self._loader.batches(self.state.step)))
+        batch = next(iter(self.loader.batches(self.state.step)))
         self._loss = self._compiled(self._loss, batch)
-        if self._world.size > 1:
+        if self.world.size > 1:
             self._loss = DistributedDataParallel(self._loss, gradient_as_bucket_view=True)
         self._backward(batch)
-        self._optimizers.zero_grad()
+        self.optimizers.zero_grad()
         gc.collect()
         gc.freeze()
 
@@ -186,7 +178,7 @@ class Trainer:
         if not wanted:
             return eager
         compiled = torch.compile(eager, dynamic=False)
-        works = agree(self._world, self._probe(eager, compiled, batch))
+        works = agree(self.world, self._probe(eager, compiled, batch))
         if not recorded or works != recorded[-1]:
             self._decide(COMPILE, works)
         if not works:
@@ -194,9 +186,9 @@ class Trainer:
         return compiled if works else eager
 
     def _wants_compile(self) -> bool:
-        setting = self._config.train.compile
+        setting = self.config.train.compile
         return setting == "on" or (
-            setting == "auto" and self._config.train.steps >= COMPILE_FROM_STEPS
+            setting == "auto" and self.config.train.steps >= COMPILE_FROM_STEPS
         )
 
     def _probe(self, eager: nn.Module, compiled: nn.Module, batch: Batch) -> bool:
@@ -213,15 +205,15 @@ class Trainer:
             log.warning("torch.compile failed: %s", str(error).strip().splitlines()[0])
             return False
         finally:
-            self._optimizers.zero_grad()
+            self.optimizers.zero_grad()
         return math.isclose(loss.item(), expected.item(), rel_tol=0.02)
 
     def _exchange_flags(self) -> int:
         """Tell the other ranks of a wish to stop or to end early; act on those of last step."""
-        wants_stop = STOP if self._control.stop_request() else 0
-        if self._observer and self._observer.is_fenced():
+        wants_stop = STOP if self.control.stop_request() else 0
+        if self.observer and self.observer.is_fenced():
             wants_stop = FENCED
-        self._control.beat(self._world.rank, self.state.step)
+        self.control.beat(self.world.rank, self.state.step)
         stop, end = self._flags.swap([wants_stop, self._proposed_end])
         self._proposed_end = 0
         if end and end < self._last_step:
@@ -234,27 +226,27 @@ class Trainer:
 
     def _train_step(self) -> None:
         step = self.state.step
-        loss = torch.zeros((), device=self._world.device)
-        for batch, is_last in _mark_last(self._loader.batches(step)):
+        loss = torch.zeros((), device=self.world.device)
+        for batch, is_last in _mark_last(self.loader.batches(step)):
             with contextlib.nullcontext() if is_last else self._no_sync():
                 loss += self._backward(batch)
-        norm = clip_gradients(self._model, self._config.optim.clip_norm)
-        self._optimizers.step(self._lr_fraction(step))
+        norm = clip_gradients(self.model, self.config.optim.clip_norm)
+        self.optimizers.step(self._lr_fraction(step))
         self._losses.append(loss)
         self._norms.append(norm.detach())
-        sequences = self.state.sequences + self._config.train.global_batch_size
+        sequences = self.state.sequences + self.config.train.global_batch_size
         self.state = replace(
             self.state,
             step=step + 1,
             sequences=sequences,
-            tokens=sequences * self._config.train.context_length,
+            tokens=sequences * self.config.train.context_length,
         )
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Add the gradient of one micro-batch; its share of the global mean loss, detached."""
         with self._autocast():
             loss = self._loss(*_inputs(batch)) / batch.n_targets_global
-        (loss * self._world.size).backward()
+        (loss * self.world.size).backward()
         return loss.detach()
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
@@ -263,30 +255,30 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _autocast(self) -> torch.autocast:
-        is_on = self._config.train.precision == "bf16"
-        return torch.autocast(self._world.device.type, torch.bfloat16, enabled=is_on)
+        is_on = self.config.train.precision == "bf16"
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_on)
 
     def _lr_fraction(self, step: int) -> float:
-        return lr_fraction(step, self._config.train.steps, self._config.schedule, self._early)
+        return lr_fraction(step, self.config.train.steps, self.config.schedule, self._early)
 
     def _flush(self) -> None:
         """Bring the losses of the steps since the last flush home and hand them on."""
         if not self._losses:
             return
-        losses = sum_over_ranks(self._world, torch.stack(self._losses)).tolist()
+        losses = sum_over_ranks(self.world, torch.stack(self._losses)).tolist()
         norms = torch.stack(self._norms).tolist()
         self._losses, self._norms = [], []
         self._raise_if_diverged(losses, norms)
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
-        if self._observer:
+        if self.observer:
             step, n_steps = self.state.step, len(losses)
-            lr = self._config.optim.lr * self._lr_fraction(step - 1)
+            lr = self.config.optim.lr * self._lr_fraction(step - 1)
             mean = math.fsum(losses) / n_steps
-            self._observer.on_interval(
+            self.observer.on_interval(
                 Interval(step, self.state.tokens, n_steps, mean, lr, norms[-1], seconds)
             )
-            end = self._observer.early_end(step, self._last_step, seconds / n_steps)
+            end = self.observer.early_end(step, self._last_step, seconds / n_steps)
             self._proposed_end = end or 0
 
     def _raise_if_diverged(self, losses: list[float], norms: list[float]) -> None:
@@ -295,29 +287,29 @@ class Trainer:
                 raise TrainingError(
                     f"the loss is {loss} and the gradient norm {norm} at step"
                     f" {self.state.step - len(losses) + k + 1}: start a run of another name with a"
-                    f" lower optim.lr (now {self._config.optim.lr:g}) or train.precision=fp32"
+                    f" lower optim.lr (now {self.config.optim.lr:g}) or train.precision=fp32"
                 )
 
     def _evaluate(self) -> None:
         self._flush()
         with self._clock_paused(), self._autocast():
-            batches = self._loader.validation(self._config.eval.sequences)
-            result = validate(self._world, self._model, batches, self._token_bytes)
-            if self._observer:
-                self._observer.on_validation(self.state, result)
+            batches = self.loader.validation(self.config.eval.sequences)
+            result = validate(self.world, self.model, batches, self.token_bytes_V)
+            if self.observer:
+                self.observer.on_validation(self.state, result)
             gc.collect(1)
 
     def _save_if_due(self) -> None:
-        if self._observer and self._observer.is_save_due(self.state):
+        if self.observer and self.observer.is_save_due(self.state):
             self._save()
 
     def _save(self) -> None:
         """Save, unless the last gradient was not a number: it was the same on all ranks."""
-        if self._observer:
+        if self.observer:
             if self._norms:
                 norm = self._norms[-1].item()
                 self._raise_if_diverged([0.0], [norm])
-            self._observer.save(self.state, self._model, self._optimizers)
+            self.observer.save(self.state, self.model, self.optimizers)
 
     def _stop(self, flag: int) -> Outcome:
         if flag == FENCED:
@@ -325,7 +317,7 @@ class Trainer:
             return Outcome("failed", self.state.step, reason)
         self._flush()
         self._save()
-        request = self._control.stop_request()
+        request = self.control.stop_request()
         return Outcome("stopped", self.state.step, request.reason if request else "a signal")
 
     def _end_reason(self) -> str:
@@ -333,7 +325,7 @@ class Trainer:
             return f"all {self.state.step:,} steps are done"
         return (
             f"budget or deadline: annealed from step {self._early[0].step:,} and ended at step"
-            f" {self.state.step:,} of {self._config.train.steps:,}"
+            f" {self.state.step:,} of {self.config.train.steps:,}"
         )
 
     @contextlib.contextmanager

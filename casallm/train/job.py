@@ -1,0 +1,257 @@
+"""One start of a run: from what was asked for to an exit code and a sentence.
+
+Settle the settings, have the shards, claim the attempt, let the supervisor run generations of
+ranks, and at the end write what a finished run holds. The same request continues the run.
+"""
+
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from casallm.config import Tree, canonical_json, to_tree, to_yaml
+from casallm.data.shards import Dataset
+from casallm.errors import CheckpointError, TrainingError
+from casallm.estimate.architecture import count_params
+from casallm.evals.bigram import bigram_loss
+from casallm.storage.store import Store, open_store
+from casallm.train.attempts import Attempt, CheckpointName, read_attempt
+from casallm.train.checkpoint import list_checkpoints, newest_good
+from casallm.train.control import Outcome, Spec
+from casallm.train.journal import AttemptLog, Line, merged_metrics, merged_samples, spent_usd
+from casallm.train.machine import Machine, this_machine
+from casallm.train.pretrain import (
+    Request,
+    check_identity,
+    fit_to_data,
+    prepare_dataset,
+    resolve,
+    run_url,
+)
+from casallm.train.report import write_report
+from casallm.train.report_loader import dataset_facts
+from casallm.train.resume import start_attempt
+from casallm.train.run import RunConfig, identity_sha256, save_config, saved_settings
+from casallm.train.run_place import scratch_of
+from casallm.train.status import finish, read_finished
+from casallm.train.supervisor import EXIT_AGAIN, EXIT_DONE, Generation, Supervisor
+from casallm.units import format_count
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Everything about one start that is known before it claims the run."""
+
+    run: Store
+    config: RunConfig
+    dataset: Dataset
+    machine: Machine
+    ranks: int
+
+    @property
+    def dataset_facts(self) -> Tree:
+        """What of the data is part of the run's identity."""
+        manifest = self.dataset.manifest
+        return {
+            "manifest_sha256": manifest.sha256,
+            "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
+        }
+
+    @property
+    def scratch(self) -> Path:
+        """Where this machine keeps copies of what belongs to a bucket's run."""
+        return scratch_of(self.run)
+
+
+def start(request: Request) -> tuple[int, str]:
+    """Begin or continue the run; the exit code, and a sentence for the person.
+
+    Raises CasallmError for what a person must fix.
+    """
+    machine = this_machine()
+    run = open_store(run_url(request, machine))
+    finished = read_finished(run)
+    if finished:
+        return EXIT_DONE, f"{run.url} is finished: {finished['reason']}\n{_next_steps(run)}"
+    settled = settle(request, machine, run)
+    _refuse_changes(settled, is_allowed=request.allow_changes)
+    billed_since = time.time()
+    attempt, checkpoint = start_attempt(
+        run,
+        settled.scratch,
+        ranks=settled.ranks,
+        machine=machine.facts(),
+        usd_per_hour=settled.config.budget.usd_per_hour,
+        started_at=billed_since,
+    )
+    save_config(run, settled.config, settled.dataset_facts)
+    _copy_tokenizer(settled.dataset, run)
+    _note(run, attempt, "dataset", **dataset_facts(settled.dataset.manifest))
+    log.info("%s", describe(settled, checkpoint.name if checkpoint else None))
+    supervisor = Supervisor(_generations(settled, attempt, billed_since), lambda: _newest_step(run))
+    outcome = supervisor.run()
+    return _conclude(settled, attempt, outcome)
+
+
+def settle(request: Request, machine: Machine, run: Store) -> Settled:
+    """Settings, shards and ranks for `request`, checked against each other."""
+    config = resolve(request, machine, run)
+    dataset = prepare_dataset(config)
+    if saved_settings(run) is None:
+        config = fit_to_data(config, dataset, is_length_asked=_is_length_asked(request))
+    return Settled(run, config, dataset, machine, request.ranks or max(1, machine.n_gpus))
+
+
+def describe(settled: Settled, start_from: CheckpointName | None) -> str:
+    """What is about to be trained, in one line."""
+    config = settled.config
+    begin = f"continues from step {start_from.step:,}" if start_from else "begins"
+    return (
+        f"{settled.run.url} {begin}: {format_count(count_params(config.model))} parameters,"
+        f" {format_count(config.total_tokens)} tokens in {config.train.steps:,} steps, on"
+        f" {settled.machine.describe()}, {settled.ranks} rank{'s' if settled.ranks > 1 else ''},"
+        f" {config.train.precision}"
+    )
+
+
+def plan_text(request: Request) -> str:
+    """What `start` would do, without preparing data or claiming anything."""
+    machine = this_machine()
+    run = open_store(run_url(request, machine))
+    config = resolve(request, machine, run)
+    ranks = request.ranks or max(1, machine.n_gpus)
+    lines = [
+        f"run         {run.url}",
+        f"model       {config.model.family}, {count_params(config.model):,} parameters",
+        f"data        {config.data.source}",
+        f"length      {config.train.steps:,} steps of {config.tokens_per_step:,} tokens"
+        f" ({format_count(config.total_tokens)})",
+        f"machine     {machine.describe()}, {ranks} ranks, {config.train.precision}",
+        "settings",
+        *(f"  {line}" for line in to_yaml(to_tree(config)).splitlines()),
+    ]
+    return "\n".join(lines)
+
+
+def _generations(
+    settled: Settled, attempt: Attempt, billed_since: float
+) -> Callable[[Path], Generation]:
+    """What the supervisor asks before each generation: to go on from the newest checkpoint."""
+    run, config = settled.run, settled.config
+    before = merged_metrics(run)
+
+    def next_generation(directory: Path) -> Generation:
+        checkpoint = newest_good(run, settled.scratch)
+        spec = Spec(
+            run_url=run.url,
+            config=to_tree(config),
+            dataset_directory=str(settled.dataset.directory),
+            scratch=str(settled.scratch),
+            attempt=attempt.number,
+            start_from=str(checkpoint.name) if checkpoint else None,
+            identity_sha256=identity_sha256(config, settled.dataset_facts),
+            usd_before=spent_usd(run),
+            billed_since=billed_since,
+            run_started=_run_started(run, attempt),
+            elapsed_before=float(before[-1]["elapsed_seconds"]) if before else 0.0,
+        )
+        threads = max(1, settled.machine.n_cores // settled.ranks)
+        stall_seconds = 60 * config.train.stall_minutes
+        return Generation(spec, settled.ranks, threads, stall_seconds)
+
+    return next_generation
+
+
+def _conclude(settled: Settled, attempt: Attempt, outcome: Outcome) -> tuple[int, str]:
+    """Write down how the attempt ended; the exit code and what to tell the person."""
+    run = settled.run
+    if outcome.kind == "finished":
+        _note_baseline(settled, attempt)
+    _note(run, attempt, "end", outcome=outcome.kind, step=outcome.step, reason=outcome.reason)
+    if outcome.kind == "failed":
+        raise TrainingError(outcome.reason)
+    if outcome.kind == "stopped":
+        return EXIT_AGAIN, (
+            f"{run.url} is saved at step {outcome.step:,} of {settled.config.train.steps:,}"
+            f" ({outcome.reason}): the same command goes on from there"
+        )
+    finish(run, attempt, step=outcome.step, reason=outcome.reason)
+    run.write("metrics.jsonl", _to_lines(merged_metrics(run)))
+    run.write("samples.jsonl", _to_lines(merged_samples(run)))
+    write_report(run)
+    return EXIT_DONE, f"{run.url} is finished: {outcome.reason}\n{_next_steps(run)}"
+
+
+def _note(run: Store, attempt: Attempt, kind: str, **fields: Any) -> None:
+    """One event of the attempt, readable by others when this returns."""
+    journal = AttemptLog(run, attempt, publish_every_seconds=None)
+    journal.event(kind, **fields)
+    journal.close()
+
+
+def _note_baseline(settled: Settled, attempt: Attempt) -> None:
+    """Score a bigram model of the same tokens on the same windows: what has to be beaten."""
+    dataset, context_length = settled.dataset, settled.config.train.context_length
+    train = [dataset.shard("train", n) for n in range(len(dataset.splits["train"].shards))]
+    windows = (
+        dataset.shard("val", shard)[index * context_length :][: context_length + 1]
+        for shard, count in enumerate(dataset.window_counts("val", context_length))
+        for index in range(count)
+    )
+    baseline = bigram_loss(
+        train,
+        itertools.islice(windows, settled.config.eval.sequences),
+        settled.config.model.vocab_size,
+        token_bytes=dataset.tokenizer().token_bytes(),
+    )
+    if baseline:
+        _note(settled.run, attempt, "baseline", **asdict(baseline))
+
+
+def _to_lines(records: list[Line]) -> bytes:
+    return "".join(canonical_json(record) + "\n" for record in records).encode()
+
+
+def _refuse_changes(settled: Settled, *, is_allowed: bool) -> None:
+    differences = check_identity(settled.config, settled.dataset_facts, settled.run)
+    if not differences:
+        return
+    listed = "; ".join(differences)
+    if is_allowed:
+        log.warning("%s goes on with other settings: %s", settled.run.url, listed)
+        return
+    raise CheckpointError(
+        f"{settled.run.url} was made with other settings ({listed}): give the old values, start a"
+        " run of another name with RUN=, or insist with --allow-changes"
+    )
+
+
+def _is_length_asked(request: Request) -> bool:
+    return bool(request.tokens) or any(s.startswith("train.steps=") for s in request.settings)
+
+
+def _copy_tokenizer(dataset: Dataset, run: Store) -> None:
+    """The run's own copy of the vocabulary, so that it can be used without its data."""
+    for path in sorted((dataset.directory / "tokenizer").iterdir()):
+        if not run.exists(f"tokenizer/{path.name}"):
+            run.put(f"tokenizer/{path.name}", path)
+
+
+def _newest_step(run: Store) -> int:
+    names = list_checkpoints(run)
+    return names[-1].step if names else 0
+
+
+def _run_started(run: Store, attempt: Attempt) -> float:
+    first = read_attempt(run, 1) or attempt
+    return float(first.info["started_at"])
+
+
+def _next_steps(run: Store) -> str:
+    report = f"{run.url}/report.html"
+    return f"report: {report}\ntry it: casallm sample {run.url} --prompt 'The'"

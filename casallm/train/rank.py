@@ -1,0 +1,236 @@
+"""`python -m casallm.train.rank DIR`: one rank of one generation, as torchrun starts it.
+
+Reads what to do from the control folder, joins the other ranks, loads the checkpoint, trains,
+and leaves word of how it ended. Rank 0 also writes, speaks and decides.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import numpy as np
+import torch
+
+from casallm.config import build
+from casallm.data.loader import PretrainLoader
+from casallm.data.shards import Dataset, open_dataset
+from casallm.data.tokenizer import Tokenizer
+from casallm.errors import CasallmError, CheckpointError
+from casallm.estimate.architecture import flops_per_token
+from casallm.model.gpt import GPT, build_gpt
+from casallm.storage.store import open_store
+from casallm.train.attempts import CheckpointName, read_attempt
+from casallm.train.budget import Purse
+from casallm.train.checkpoint import TrainState, fetch, load
+from casallm.train.checkpoint_writer import CheckpointWriter
+from casallm.train.control import Control, Outcome, Spec, StopRequest, die_with_parent
+from casallm.train.distributed import (
+    World,
+    broadcast_object,
+    broadcast_tensors,
+    join_world,
+    leave_world,
+)
+from casallm.train.evaluation import PROMPT_TOKENS
+from casallm.train.journal import AttemptLog
+from casallm.train.leader import Leader, Sampler
+from casallm.train.machine import Machine, this_machine
+from casallm.train.metrics import Metrics, Sink, Yardstick
+from casallm.train.optim import Optimizers
+from casallm.train.progress import Progress
+from casallm.train.run import RunConfig
+from casallm.train.trainer import Trainer
+from casallm.train.wandb_mirror import mirror_run_id, open_mirror
+
+MICRO_BATCH_TOKENS = 16_384
+"""The most of one forward pass where nothing else is said; more gains nothing on any GPU."""
+
+N_PROMPTS = 3
+PROMPT_SEARCH_TOKENS = 100_000
+
+
+def main(directory: str) -> int:
+    """Train as one rank; 0 if the generation ended as planned."""
+    die_with_parent()
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("casallm").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+    control = Control(Path(directory))
+    control.dump_stacks_on_signal(rank)
+    _obey_signals(control)
+    try:
+        _train(control.spec(), control)
+    except CasallmError as error:
+        control.write_outcome(Outcome("failed", 0, str(error)))
+        return 1
+    except BaseException as error:  # noqa: BLE001 - the last words of a rank, whatever they are
+        control.write_error(rank, error)
+        return 1
+    return 0
+
+
+def _train(spec: Spec, control: Control) -> None:
+    machine = this_machine()
+    world = join_world(machine.device_kind)
+    if world.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    config = build(RunConfig, spec.config)
+    dataset = open_dataset(Path(spec.dataset_directory))
+    model = build_gpt(
+        config.model, config.train.context_length, seed=config.train.seed, device=world.device
+    )
+    optimizers = Optimizers(model, config.optim)
+    state = _load_state(spec, world, model, optimizers)
+    loader = build_loader(config, dataset, world)
+    tokenizer = dataset.tokenizer()
+    with _leader(spec, config, world, machine, model, dataset) as leader:
+        trainer = Trainer(
+            config=config,
+            world=world,
+            model=model,
+            loader=loader,
+            optimizers=optimizers,
+            state=state,
+            control=control,
+            token_bytes_V=torch.from_numpy(tokenizer.token_bytes()).to(world.device),
+            observer=leader,
+        )
+        outcome = trainer.run()
+    loader.close()
+    if world.is_leader:
+        control.write_outcome(outcome)
+    leave_world(world)
+
+
+def build_loader(config: RunConfig, dataset: Dataset, world: World) -> PretrainLoader:
+    """The batches of the run's stage."""
+    return PretrainLoader(
+        dataset,
+        context_length=config.train.context_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=micro_batch_size(config, world),
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+        device=world.device,
+    )
+
+
+def micro_batch_size(config: RunConfig, world: World) -> int:
+    """Sequences of one forward pass: as set, else this rank's share, up to 16k tokens."""
+    share = -(-config.train.global_batch_size // world.size)
+    most = max(1, MICRO_BATCH_TOKENS // config.train.context_length)
+    return config.train.micro_batch_size or min(share, most)
+
+
+def _load_state(spec: Spec, world: World, model: GPT, optimizers: Optimizers) -> TrainState:
+    """Rank 0 reads and verifies the checkpoint; the others get its tensors one by one."""
+    tensors = {"model": dict(model.named_parameters()), "optim": optimizers.state()}
+    state = TrainState()
+    name = CheckpointName.parse(spec.start_from) if spec.start_from else None
+    if name is None:
+        return state
+    if world.is_leader:
+        checkpoint = fetch(open_store(spec.run_url), name, Path(spec.scratch))
+        with torch.no_grad():
+            state = load(checkpoint, model=tensors["model"], optimizer=tensors["optim"])
+    with torch.no_grad():
+        for kind in tensors.values():
+            broadcast_tensors(world, kind.values())
+    return broadcast_object(world, state)
+
+
+@contextlib.contextmanager
+def _leader(
+    spec: Spec, config: RunConfig, world: World, machine: Machine, model: GPT, dataset: Dataset
+) -> Iterator[Leader | None]:
+    """Rank 0's observer, closed when the training is over; None elsewhere."""
+    if not world.is_leader:
+        yield None
+        return
+    run = open_store(spec.run_url)
+    attempt = read_attempt(run, spec.attempt)
+    if attempt is None:
+        raise CheckpointError(f"attempt {spec.attempt} of {run.url} cannot be read: start again")
+    journal = AttemptLog(run, attempt)
+    progress = Progress(config.train.steps, usd_per_hour=config.budget.usd_per_hour)
+    sinks: list[Sink] = [progress]
+    mirror = open_mirror(
+        config.log.wandb,
+        run_id=mirror_run_id(run.url, str(spec.run_started)),
+        name=run.url.rstrip("/").rsplit("/", 1)[-1],
+        config=spec.config,
+        directory=Path(spec.scratch) / "wandb",
+    )
+    if mirror:
+        sinks.append(mirror)
+    writer = CheckpointWriter(
+        run,
+        attempt,
+        journal,
+        config=config.checkpoint,
+        identity_sha256=spec.identity_sha256,
+        world_size=world.size,
+        start=CheckpointName.parse(spec.start_from) if spec.start_from else None,
+        scratch=Path(spec.scratch),
+    )
+    tokenizer = dataset.tokenizer()
+    metrics = Metrics(journal.metric, sinks)
+    try:
+        yield Leader(
+            config=config,
+            run=run,
+            attempt=attempt,
+            journal=journal,
+            writer=writer,
+            metrics=metrics,
+            progress=progress,
+            sampler=Sampler(
+                tokenizer,
+                config.eval.prompts or held_out_beginnings(dataset, tokenizer),
+                config.train.context_length,
+                config.train.seed,
+            ),
+            model=model,
+            purse=Purse(spec.usd_before, spec.billed_since, spec.run_started, config.budget),
+            yardstick=Yardstick(
+                flops_per_token(config.model, config.train.context_length),
+                machine.hardware,
+                machine.devices_of(world.size),
+            ),
+            elapsed_before=spec.elapsed_before,
+        )
+        writer.wait()
+    finally:
+        writer.close()
+        metrics.close()
+        journal.close()
+
+
+def held_out_beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[str]:
+    """The first words of three held-out documents: what samples continue unless set."""
+    tokens = dataset.shard("val", 0)[:PROMPT_SEARCH_TOKENS]
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)[:N_PROMPTS]
+    return [
+        tokenizer.decode(tokens[start + 1 : start + 1 + PROMPT_TOKENS].tolist()) for start in starts
+    ]
+
+
+def _obey_signals(control: Control) -> None:
+    """Let SIGTERM and SIGUSR1 become requests to stop; Ctrl-C is the supervisor's business."""
+
+    def request(number: int, frame: FrameType | None) -> None:
+        control.request_stop(StopRequest(signal.Signals(number).name))
+
+    signal.signal(signal.SIGTERM, request)
+    signal.signal(signal.SIGUSR1, request)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

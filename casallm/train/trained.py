@@ -1,0 +1,59 @@
+"""Runs as others use them: found by name, listed, and their newest good weights loaded."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from casallm.data.tokenizer import Tokenizer, load_tokenizer
+from casallm.errors import CheckpointError
+from casallm.inference.engine import Engine
+from casallm.inference.sampling import SamplingConfig
+from casallm.model.gpt import GPT, build_gpt
+from casallm.storage.store import Store
+from casallm.train.checkpoint import load_tensors, newest_good
+from casallm.train.run import load_config
+from casallm.train.run_place import scratch_of
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model as its newest good checkpoint has it, and the vocabulary it speaks."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    context_length: int
+
+
+def load_trained(run: Store) -> Trained:
+    """The newest good checkpoint's model on the CPU; CheckpointError if the run has none."""
+    config, _ = load_config(run)
+    checkpoint = newest_good(run, scratch_of(run))
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run.url} has no checkpoint yet: let it train longer, or see `casallm runs`"
+        )
+    model = build_gpt(config.model, config.train.context_length, seed=None)
+    load_tensors(checkpoint, "model", {name: p.data for name, p in model.named_parameters()})
+    return Trained(model.eval(), _load_tokenizer(run), config.train.context_length)
+
+
+def continue_prompts(
+    run: Store, prompts: Sequence[str], *, max_new_tokens: int, sampling: SamplingConfig
+) -> list[str]:
+    """The run's continuation of each prompt, prompts left out."""
+    trained = load_trained(run)
+    tokenizer = trained.tokenizer
+    engine = Engine(trained.model, n_slots=min(len(prompts), 8))
+    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    generated = engine.generate(ids, max_new_tokens, sampling, stop_ids=[tokenizer.bos_id])
+    return [tokenizer.decode(new) for new in generated]
+
+
+def _load_tokenizer(run: Store) -> Tokenizer:
+    if run.local_path is not None:
+        return load_tokenizer(run.local_path / "tokenizer")
+    with tempfile.TemporaryDirectory() as directory:
+        for entry in run.list("tokenizer/"):
+            run.get(entry.name, Path(directory) / Path(entry.name).name)
+        return load_tokenizer(Path(directory))
