@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from casallm.data.shards import Dataset
 from casallm.units import format_count
 
 log = logging.getLogger(__name__)
@@ -82,6 +83,20 @@ def bigram_loss(
     nll = -np.log(_terms(model, keys) @ np.array(weights))
     bits = _bits_per_byte(nll, keys % vocab_size, token_bytes) if token_bytes is not None else None
     return BigramLoss(float(nll.mean()), bits, weights, n_tokens)
+
+
+def dataset_bigram_loss(
+    dataset: Dataset, *, context_length: int, n_windows: int
+) -> BigramLoss | None:
+    """The bigram model of a data set's training tokens on its first held-out windows."""
+    train = [dataset.shard("train", k) for k in range(len(dataset.splits["train"].shards))]
+    held_out = [dataset.shard("val", k) for k in range(len(dataset.splits["val"].shards))]
+    return bigram_loss(
+        train,
+        first_windows(held_out, context_length, n_windows),
+        dataset.manifest.tokenizer.vocab_size,
+        token_bytes=dataset.tokenizer().token_bytes(),
+    )
 
 
 def first_windows(

@@ -1,3 +1,4 @@
+import json
 import logging
 import math
 from collections import Counter
@@ -6,8 +7,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from casallm.data.prepare import prepare
+from casallm.data.sources import open_source
 from casallm.evals import bigram
-from casallm.evals.bigram import bigram_loss, first_windows
+from casallm.evals.bigram import bigram_loss, dataset_bigram_loss, first_windows
 
 VOCAB = 50
 
@@ -182,3 +185,43 @@ def test_windows_share_one_token_and_drop_the_tail_of_each_shard():
     windows = [window.tolist() for window in first_windows(shards, 4, 3)]
 
     assert windows == [[0, 1, 2, 3, 4], [4, 5, 6, 7, 8], [200, 201, 202, 203, 204]]
+
+
+def test_a_data_set_is_scored_on_the_windows_that_the_trainer_validates_on(tmp_path):
+    import torch
+
+    from casallm.data.loader import PretrainLoader
+
+    rng = np.random.default_rng(0)
+    words = "the model reads a page of text and learns what comes next while it waits".split()
+    documents = [" ".join(rng.choice(words, size=60)) for _ in range(300)]
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+    (tmp_path / "documents.jsonl").write_text(rows)
+    source = open_source(str(tmp_path / "documents.jsonl"))
+    dataset = prepare(source, tmp_path / "shards", tokenizer=None, vocab_size=280, workers=1)
+    loader = PretrainLoader(
+        dataset,
+        context_length=32,
+        global_batch_size=4,
+        micro_batch_size=4,
+        rank=0,
+        world_size=1,
+        seed=1,
+        device=torch.device("cpu"),
+    )
+    windows = [
+        np.append(inputs.numpy(), targets[-1].item())
+        for batch in loader.validation(10)
+        for inputs, targets in zip(batch.inputs_BT, batch.targets_BT, strict=True)
+        if targets[0] >= 0
+    ]
+    loader.close()
+
+    result = dataset_bigram_loss(dataset, context_length=32, n_windows=10)
+
+    train = [dataset.shard("train", k) for k in range(len(dataset.splits["train"].shards))]
+    vocab_size = dataset.manifest.tokenizer.vocab_size
+    by_hand = bigram_loss(train, windows, vocab_size, token_bytes=dataset.tokenizer().token_bytes())
+    assert len(windows) == 10
+    assert result == by_hand
+    assert 0 < result.bits_per_byte < 8
