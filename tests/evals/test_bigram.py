@@ -13,6 +13,7 @@ from casallm.evals import bigram
 from casallm.evals.bigram import bigram_loss, dataset_bigram_loss, first_windows
 
 VOCAB = 50
+PROSE = "the model reads a page of text and learns what comes next while it waits"
 
 
 def markov_tokens(n_tokens: int, seed: int, dtype: type = np.uint16) -> np.ndarray:
@@ -193,8 +194,7 @@ def test_a_data_set_is_scored_on_the_windows_that_the_trainer_validates_on(tmp_p
     from casallm.data.loader import PretrainLoader
 
     rng = np.random.default_rng(0)
-    words = "the model reads a page of text and learns what comes next while it waits".split()
-    documents = [" ".join(rng.choice(words, size=60)) for _ in range(300)]
+    documents = [" ".join(rng.choice(PROSE.split(), size=60)) for _ in range(300)]
     rows = "".join(json.dumps({"text": text}) + "\n" for text in documents)
     (tmp_path / "documents.jsonl").write_text(rows)
     source = open_source(str(tmp_path / "documents.jsonl"))
