@@ -3,11 +3,11 @@
 About 22 MB of unique technical English (Apache-2.0) that every installation already has, because
 s3fs brings botocore: enough to try the whole pipeline, not a corpus to judge a model by.
 
-A document is what the newest model of a service says about one operation and what it takes and
-returns, about one other shape, or about the service itself: markup stripped, one paragraph or
-list item a line, lines of 60 characters or more, each line kept once in the whole corpus. Whole
-services are held out, chosen by a hash of their names. The corpus changes with botocore's
-version, so version and hash are part of its identity.
+A document is what the newest model of a service says about one operation and all that it takes
+and returns, about a shape that no operation mentions, or about the service itself: markup
+stripped, one paragraph or list item a line, lines of 60 characters or more, each line kept once
+in the whole corpus. Whole services are held out, chosen by a hash of their names. The corpus
+changes with botocore's version, so version and hash are part of its identity.
 """
 
 import gzip
@@ -26,6 +26,9 @@ from casallm.errors import DataError, MissingExtraError
 
 logger = logging.getLogger(__name__)
 
+RULES_VERSION = 1
+"""Of everything below that decides the documents; part of the corpus's identity."""
+
 MIN_LINE_CHARS = 60
 """Shorter lines are labels and enumerations ("Default: 5"), not prose."""
 
@@ -41,13 +44,13 @@ _TAG = re.compile(r"</?[a-zA-Z][^>]*>|<!--.*?-->", re.DOTALL)
 
 
 def builtin_identity() -> dict[str, Any]:
-    """What the corpus is made of: botocore's version and the hash of its service models."""
+    """What the corpus is made of: botocore's version, the hash of its models, and the rules."""
     root, version = _botocore()
     digest = hashlib.sha256()
     for name, path in _newest_models(root):
         digest.update(f"{name}\0".encode())
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return {"botocore": version, "sha256": digest.hexdigest()}
+    return {"botocore": version, "sha256": digest.hexdigest(), "rules": RULES_VERSION}
 
 
 def write_builtin(directory: Path) -> None:
@@ -117,16 +120,24 @@ def _fields(model: dict[str, Any]) -> Iterator[list[str]]:
     shapes = dict(model.get("shapes", {}))
     yield [model.get("documentation", "")]
     for operation in model.get("operations", {}).values():
-        ends = [operation.get(end, {}).get("shape") for end in ("input", "output")]
-        parts = [part for end in ends for part in _parts(shapes.pop(end, {}))]
-        yield [part.get("documentation", "") for part in (operation, *parts)]
-    for shape in shapes.values():
-        yield [part.get("documentation", "") for part in _parts(shape)]
+        ends = [operation[end]["shape"] for end in ("input", "output") if end in operation]
+        parts = [operation, *(part for end in ends for part in _take(end, shapes))]
+        yield [part.get("documentation", "") for part in parts]
+    for name in list(shapes):
+        yield [part.get("documentation", "") for part in _take(name, shapes)]
 
 
-def _parts(shape: dict[str, Any]) -> list[dict[str, Any]]:
-    members = shape.get("members", {}).values()
-    return [shape, *members, shape.get("member", {}), shape.get("value", {})]
+def _take(name: str, shapes: dict[str, Any]) -> list[dict[str, Any]]:
+    """The shape `name`, its members and all that they consist of, removed from `shapes`."""
+    parts: list[dict[str, Any]] = []
+    names = [name]
+    while names:
+        shape = shapes.pop(names.pop(), {})
+        inner = [shape[key] for key in ("member", "key", "value") if key in shape]
+        members = [*shape.get("members", {}).values(), *inner]
+        parts += [shape, *members]
+        names += [member["shape"] for member in reversed(members)]
+    return parts
 
 
 def _unseen(documents: Iterable[list[str]], seen: set[str]) -> list[str]:

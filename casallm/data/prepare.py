@@ -7,8 +7,8 @@ a second process out.
 
 Held out are the files that the source names for it, else single documents, chosen by a hash of
 their text (so that equal documents stay together): 0.5 %, or 5 % where the source lists less than
-64 MB. A vocabulary is trained on documents of the training split alone, 100 MB of them at most,
-taken from the beginnings of up to 64 units spread evenly over the source.
+64 MB, and at least one. A vocabulary is trained on documents of the training split alone, 100 MB
+of them at most, taken from the beginnings of up to 64 units spread evenly over the source.
 """
 
 import contextlib
@@ -61,7 +61,13 @@ from casallm.units import format_bytes
 
 logger = logging.getLogger(__name__)
 
+NO_TEXT = (
+    "the source holds no text to train on besides what is held out: add documents, or name another"
+    " source in data.source"
+)
 FEW_DOCUMENTS = 100
+"""Held-out documents below which a person is warned."""
+
 TOKENIZER_SAMPLE_BYTES = 100_000_000
 TOKENIZER_SAMPLE_UNITS = 64
 
@@ -270,7 +276,7 @@ def _sample_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
             if n_bytes >= TOKENIZER_SAMPLE_BYTES * (i + 1) // n_units:
                 break
     if not n_bytes:
-        raise DataError("the source holds no text to train on: name another in data.source")
+        raise DataError(NO_TEXT)
     logger.info("training a vocabulary on %s of text", format_bytes(n_bytes))
 
 
@@ -303,7 +309,7 @@ def _manifest(
 ) -> Manifest:
     splits = {split: _join(records, split) for split in SPLITS}
     if not splits["train"].documents:
-        raise DataError(f"{identity['name']} holds no documents to train on: name another source")
+        raise DataError(NO_TEXT)
     if splits["val"].documents < FEW_DOCUMENTS:
         logger.warning(
             "only %d documents are held out, so validation figures will be rough: name a file"

@@ -143,15 +143,20 @@ def place_of(document: bytes) -> float:
 def choose_val_fraction(units: Sequence[Unit], text_column: str) -> float:
     """Which share of the documents is held out where the source names none.
 
-    0.5 %, or 5 % of a small source. Where that would hold out nothing, as it may in a source of a
-    few documents, as much as it takes to hold out the one that is next.
+    0.5 %, or 5 % of a small source. Where that would hold out nothing, as it may among a few
+    documents, as much as it takes to hold out one. Reads until the first that is held out.
     """
-    if sum(unit.text_bytes for unit in units) >= SMALL_SOURCE_BYTES:
-        return 0.005
+    is_small = sum(unit.text_bytes for unit in units) < SMALL_SOURCE_BYTES
+    usual = 0.05 if is_small else 0.005
     if any(unit.split for unit in units):
-        return 0.05
-    places = (place_of(raw) for unit in units for _, raw in _read(unit, text_column, Oddities()))
-    return max(0.05, math.nextafter(min(places, default=0.0), 1.0))
+        return usual
+    lowest = 1.0
+    for unit in units:
+        for _, raw in _read(unit, text_column, Oddities()):
+            lowest = min(lowest, place_of(raw))
+            if lowest < usual:
+                return usual
+    return math.nextafter(lowest, 1.0)
 
 
 def _read(unit: Unit, text_column: str, oddities: Oddities) -> Iterator[tuple[str, bytes]]:
