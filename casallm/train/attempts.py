@@ -95,9 +95,14 @@ class Chain:
         return False
 
 
-def claim(run: Store, *, parent: CheckpointName | None, **info: Any) -> Attempt:
-    """The run's next attempt, starting from `parent`; AttemptError if another start won it."""
-    number = max(attempt_numbers(run), default=0) + 1
+def claim(
+    run: Store, *, parent: CheckpointName | None, after: Attempt | None = None, **info: Any
+) -> Attempt:
+    """The run's next attempt, starting from `parent`; AttemptError if another start won it.
+
+    With `after`, the attempt that follows that one and no later.
+    """
+    number = 1 + (after.number if after else max(attempt_numbers(run), default=0))
     record = {
         **info,
         "format": "casallm-attempt",

@@ -93,13 +93,15 @@ def list_checkpoints(run: Store, *, before: int | None = None) -> list[Checkpoin
     return [name for name in list_committed(run) if chain.has(name.step, name.attempt)]
 
 
-def newest_good(run: Store, scratch: Path) -> Checkpoint | None:
+def newest_good(run: Store, scratch: Path, *, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole, on this machine; None if the run has none yet.
+
+    With `before`, in the history as it was before that attempt began.
 
     A run in a bucket is copied to `scratch`, where files that are there already and still what
     the manifest says are used. CheckpointError if there are checkpoints and none is whole.
     """
-    names = list_checkpoints(run)
+    names = list_checkpoints(run, before=before)
     if not names and list_committed(run) and not attempt_numbers(run):
         raise CheckpointError(
             f"{run.url} holds checkpoints but attempts/, which says how they follow each other, is"
@@ -112,7 +114,7 @@ def newest_good(run: Store, scratch: Path) -> Checkpoint | None:
             return fetch(run, name, scratch)
         except CheckpointError as error:
             if not run.exists(f"{directory_of(name)}/manifest.json"):
-                names = list_checkpoints(run)  # deleted while we read: a newer one is there
+                names = list_checkpoints(run, before=before)  # a newer one is there, this one went
                 continue
             log.warning("%s is not used, the next older one is tried: %s", name, error)
             problem = problem or error

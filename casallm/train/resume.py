@@ -20,14 +20,19 @@ def start_attempt(run: Store, scratch: Path, **info: Any) -> tuple[Attempt, Chec
     CheckpointError if the run has checkpoints and none is whole. If the attempt before commits
     one more checkpoint while this one starts, that is where this one starts.
     """
+    left: Attempt | None = None
+    before: int | None = None
     while True:
-        seen = set(list_checkpoints(run))
-        checkpoint = newest_good(run, scratch)
-        attempt = claim(run, parent=checkpoint.name if checkpoint else None, **info)
-        late = set(list_checkpoints(run, before=attempt.number)) - seen
-        if not late or (checkpoint and max(late) <= checkpoint.name):
+        seen = set(list_checkpoints(run, before=before))
+        checkpoint = newest_good(run, scratch, before=before)
+        name = checkpoint.name if checkpoint else None
+        attempt = claim(run, parent=name, after=left, **info)
+        before = before or attempt.number
+        late = set(list_checkpoints(run, before=before)) - seen
+        if not late or (name and max(late) <= name):
             break
-        log.info("attempt %d was left: %s was committed meanwhile", attempt.number, max(late))
+        log.info("attempt %d is left: %s was committed meanwhile", attempt.number, max(late))
+        left = attempt
     try:
         collect_unfinished(run, attempt)
     except StoreError as error:

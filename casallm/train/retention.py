@@ -4,8 +4,7 @@ Three rules make it safe at any instant of a kill and against any number of olde
 writers. A manifest goes first and the files after it, so that a half-deleted checkpoint is no
 checkpoint. Old checkpoints go only after `keep` newer ones have been verified, in a history read
 after the newest was committed and headed by the deleting attempt itself: a start that claims the
-run later sees that commit too. And of unfinished things only those of attempts not newer than
-the deleting one are touched.
+run later sees that commit too. And of unfinished things only those of older attempts are touched.
 """
 
 import logging
@@ -24,7 +23,7 @@ from casallm.train.manifest import directory_of
 
 log = logging.getLogger(__name__)
 
-_OWNER = re.compile(r"checkpoints/step-\d+-a(\d+)/|attempts/(\d+)/")
+_OWNER = re.compile(r"checkpoints/step-\d+-a(\d+)/")
 
 
 def remove_checkpoint(run: Store, name: CheckpointName) -> None:
@@ -38,11 +37,11 @@ def remove_checkpoint(run: Store, name: CheckpointName) -> None:
 def collect_unfinished(run: Store, attempt: Attempt) -> None:
     """Delete what earlier attempts left without a manifest, and their dangling uploads."""
     assert_leading(run, attempt)
-    run.discard_unfinished(lambda name: _owner(name) <= attempt.number)
+    run.discard_unfinished(lambda name: _is_older(name, attempt))
     folders = {entry.name.split("/")[1] for entry in run.list("checkpoints/")}
     begun = {name for name in map(CheckpointName.parse, folders) if name}
     for name in sorted(begun - set(list_committed(run))):
-        if name.attempt <= attempt.number:
+        if name.attempt < attempt.number:
             log.info("%s was never finished and is deleted", name)
             remove_checkpoint(run, name)
 
@@ -74,7 +73,7 @@ def apply_retention(
     return doomed
 
 
-def _owner(name: str) -> int:
-    """The attempt that a name belongs to; 0 for what belongs to none."""
+def _is_older(name: str, attempt: Attempt) -> bool:
+    """Whether whoever was writing `name` cannot be a start of this run that is on its way."""
     match = _OWNER.match(name)
-    return int(match[1] or match[2]) if match else 0
+    return int(match[1]) < attempt.number if match else not name.startswith("attempts/")
