@@ -85,13 +85,16 @@ def _blind(runs: list[Run], constants: Constants) -> Score:
 
 
 def _spread(runs: list[Run], score: Score) -> dict[str, float]:
-    """`system` makes the 80 % interval hold 80 % of the systems held out, on calibrated GPUs."""
+    """`system` makes the 80 % interval hold 85 % of the systems held out, on calibrated GPUs.
+
+    Five points more than it says: published figures are rather the good ones.
+    """
     known = [
         abs(error)
         for run, error in zip(runs, score.log_errors, strict=True)
         if run.setup.hardware.is_calibrated
     ]
-    system = float(np.quantile(known, 0.8)) / Z90
+    system = float(np.quantile(known, 0.85)) / Z90
     return {"system": round(system, 3), "chip": 0.2, "doubling": 0.02, "measured": 0.02}
 
 

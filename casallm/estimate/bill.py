@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from casallm.estimate.architecture import count_params
-from casallm.estimate.job import GIVEN, RESTART_SECONDS, STARTUP_SECONDS, Floats, Hours, Job
+from casallm.estimate.job import RESTART_SECONDS, STARTUP_SECONDS, Floats, Hours, Job
+from casallm.estimate.prices import GIVEN
 from casallm.units import format_bytes, format_count, format_usd
 
 BUCKET_CLOUD = "aws"
@@ -98,8 +99,8 @@ def _sources(job: Job, hours: Hours) -> dict[str, str]:
         "startup": f"{STARTUP_SECONDS:.0f} s of boot, image, sync, compilation x {price} (assumed)",
         "evaluation": f"{format_count(job.eval_tokens)} tokens forward at 3 x {rate} (presets)",
         "checkpoints": f"a stall of {stall:.1f} s for {size} every {minutes:.0f} min",
-        "preemptions": f"{hours.preemptions[0]:.1f} in all, one in {job.mtbf_hours:.1f} h (median of"
-        f" 23 traces of V100 on AWS): restarts of {RESTART_SECONDS:.0f} s, work done twice;"
+        "preemptions": f"{hours.preemptions[0]:.1f} in all, one in {job.mtbf_hours:.1f} h (median"
+        f" of 23 traces of V100 on AWS): restarts of {RESTART_SECONDS:.0f} s, work done twice;"
         f" {hours.wait[0]:.1f} h of waiting are not billed",
         "sft": f"{format_count(job.sft_tokens)} tokens at {rate} (default recipe)",
         "data preparation": f"{format_count(job.tokens)} tokens at"

@@ -13,13 +13,10 @@ from numpy.typing import NDArray
 
 from casallm.estimate import spot
 from casallm.estimate.architecture import count_params
-from casallm.estimate.prices import Offer, hourly_price
+from casallm.estimate.prices import GIVEN, Offer, hourly_price
 from casallm.estimate.throughput import Setup, Throughput
 
 Floats = NDArray[np.float64]
-
-GIVEN = "given"
-"""The cloud of a machine whose price was given by hand: only its own hours are counted."""
 
 STARTUP_SECONDS = 480.0
 """From boot to the first step: boot 120, SkyPilot's runtime 90, wheels and data 150, compilation

@@ -8,6 +8,7 @@ sharded layouts are predicted as well, for the runs of other programs.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params
@@ -22,7 +23,7 @@ MAX_MICRO_TOKENS = 65_536
 MIN_STEP_TOKENS = 16_384
 """Tokens of a GPU in an optimizer step below which people rather enlarge the global batch."""
 
-DDP_BONUS = 1.05
+DDP_BONUS = 1.15
 """DDP is preferred while it is at most this much slower: it is simpler, and casallm's own."""
 
 
@@ -47,6 +48,7 @@ def default_batch_tokens(n_params: int) -> int:
     return int(2 ** math.floor(19 + 0.383 * math.log2(max(n_params, 2**14) / 124e6)))
 
 
+@lru_cache(maxsize=4096)
 def plan_layout(
     config: ModelConfig,
     context_length: int,
@@ -85,7 +87,20 @@ def plan_layout(
 
 def fits_ddp(setup: Setup) -> bool:
     """Whether every GPU can hold the whole model, its state and at least one sequence."""
-    return _largest(replace(setup, sharding="ddp", recompute="none")) >= 1
+    return most_sequences(replace(setup, sharding="ddp")) >= 1
+
+
+def most_sequences(setup: Setup) -> int:
+    """The largest micro-batch that fits a GPU in this layout; 0 if none does."""
+    return largest_micro_batch(
+        setup.config,
+        setup.context_length,
+        setup.hardware,
+        precision=setup.precision,
+        recompute=setup.recompute,
+        stack=setup.stack,
+        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
+    )
 
 
 def _preference(setup: Setup) -> float:
@@ -105,7 +120,7 @@ def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
 
 
 def _micro_batch_sizes(setup: Setup, wanted: Wishes) -> Iterator[int]:
-    largest = _largest(setup)
+    largest = most_sequences(setup)
     if wanted.micro_batch_size:
         if wanted.micro_batch_size <= largest:
             yield wanted.micro_batch_size
@@ -118,18 +133,6 @@ def _micro_batch_sizes(setup: Setup, wanted: Wishes) -> Iterator[int]:
         size *= 2
 
 
-def _largest(setup: Setup) -> int:
-    return largest_micro_batch(
-        setup.config,
-        setup.context_length,
-        setup.hardware,
-        precision=setup.precision,
-        recompute=setup.recompute,
-        stack=setup.stack,
-        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
-    )
-
-
 def _check_precision(hardware: Hardware, precision: Precision) -> None:
     if precision == "fp8" and hardware.peak_fp8_flops is None:
         raise ConfigError(f"{hardware.name} has no fp8: take precision bf16, or an H100 or H200")
@@ -140,7 +143,7 @@ def _nothing_fits(base: Setup, wanted: Wishes) -> str:
     memory = format_bytes(base.hardware.memory_bytes)
     machine = f"{base.n_gpus} x {base.hardware.name}"
     if wanted.micro_batch_size and wanted.micro_batch_size > 1:
-        largest = max(_largest(replace(base, recompute=r, sharding=s)) for r, s in _ALL)
+        largest = max(most_sequences(replace(base, recompute=r, sharding=s)) for r, s in _ALL)
         if largest:
             return (
                 f"{wanted.micro_batch_size} sequences of {base.context_length} tokens of a {size}"

@@ -27,6 +27,12 @@ SNAPSHOT_COLUMNS = ("cloud", "regions", "zone", "instance", "gpu", "n_gpus", "on
 STALE_DAYS = 30
 """Age at which prices are called old."""
 
+GIVEN = "given"
+"""The cloud of a machine whose price was given by hand: only its own hours are counted."""
+
+ETHERNET_BANDWIDTH = 12.5e9
+"""Bytes a second between nodes of machines that are not sold for more (100 Gbit/s)."""
+
 _NODE_BANDWIDTH = {"p3dn": 12.5e9, "p4d": 50e9, "p4de": 50e9, "p5": 400e9, "p5en": 400e9}
 """Bytes a second between nodes of AWS's machines (100, 400 and 3,200 Gbit/s)."""
 
@@ -57,9 +63,11 @@ class Offer:
     """The same, preemptible; None: not sold, or no market price known."""
 
     @property
-    def node_bandwidth(self) -> float:
-        """Bytes a second to another of its kind."""
-        return _NODE_BANDWIDTH.get(self.instance.split(".")[0], 12.5e9)
+    def node_bandwidth(self) -> float | None:
+        """Bytes a second to another of its kind; None: as usual for the GPU."""
+        if self.cloud == GIVEN:
+            return None
+        return _NODE_BANDWIDTH.get(self.instance.split(".")[0], ETHERNET_BANDWIDTH)
 
 
 @dataclass(frozen=True)
@@ -206,10 +214,8 @@ def _rank(offer: Offer, price: float) -> tuple[float, bool, str]:
 def _only(offers: list[Offer], field: str, wanted: str, known: set[str]) -> list[Offer]:
     matching = [offer for offer in offers if getattr(offer, field).lower() == wanted.lower()]
     if not matching:
-        raise ConfigError(
-            f"no GPU price is known for {field} {wanted!r}{nearest(wanted, known)}"
-            f" (known: {', '.join(sorted(known))})"
-        )
+        hint = nearest(wanted, known) or f" (known: {', '.join(sorted(known))})"
+        raise ConfigError(f"no GPU price is known for {field} {wanted!r}{hint}")
     return matching
 
 

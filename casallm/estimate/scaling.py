@@ -9,7 +9,6 @@ two models and the best split of a budget much less. nanochat's own data and opt
 optimum at 8 to 12 tokens a parameter, this law near 20.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,6 +97,8 @@ def optimal_split(flops: float) -> tuple[float, float]:
     return n_params, flops / 6 / n_params
 
 
-def perplexity(loss: float) -> float:
-    """Effective choices a token."""
-    return math.exp(loss)
+def loss_range(n_params: float, tokens: float) -> tuple[float, float, float]:
+    """Tenth, fiftieth and ninetieth percentile of the loss under the law's own uncertainty."""
+    normal = np.random.default_rng(0).standard_normal((2001, 3))
+    low, high = np.quantile(BESIROGLU_2024.loss_spread(n_params, tokens, normal), [0.1, 0.9])
+    return float(low), BESIROGLU_2024.loss(n_params, tokens), float(high)

@@ -1,0 +1,324 @@
+"""An estimate as people and programs read it: a table, its arithmetic step by step, JSON.
+
+The recommended offer comes first, with one sentence why. Text is plain and fits the given width;
+`rich_table` is the same table for a terminal. Nothing here prints.
+"""
+
+import datetime
+import textwrap
+from typing import TYPE_CHECKING, Any
+
+from casallm.estimate.cost import Interval
+from casallm.estimate.estimator import PRICE_GIVEN, Estimate, OfferEstimate
+from casallm.estimate.layout import fits_ddp, most_sequences
+from casallm.estimate.memory import Memory, training_memory
+from casallm.estimate.prices import STALE_DAYS
+from casallm.estimate.scaling import FINEWEB_EDU_TOKENS, loss_range
+from casallm.estimate.throughput import Setup, step_time
+from casallm.units import format_bytes, format_count, format_usd
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MAX_ROWS = 9
+"""Offers in the table; `--json` has them all."""
+
+P4D = "p4d.24xlarge"
+OLD_P4D_USD_PER_HOUR = 32.7726
+"""Its on-demand price in the US before AWS's cut of June 2025, which older articles use."""
+
+OLD_MFU = 0.45
+"""The utilisation that those articles reckon with."""
+
+
+def format_table(
+    estimate: Estimate, *, width: int = 100, today: datetime.date | None = None
+) -> str:
+    """The whole answer as plain text, no line longer than `width`."""
+    rows = _table(estimate, width)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [_heading(estimate, width), ""]
+    for row in rows:
+        cells = [row[0].ljust(widths[0])]
+        cells += [cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    lines += ["", *(_wrap(note, width) for note in notes(estimate, today=today))]
+    return "\n".join(lines)
+
+
+def rich_table(estimate: Estimate, *, width: int = 100) -> "Table":
+    """The table alone for a terminal, the recommended offer set off."""
+    from rich.table import Table
+
+    header, *rows = _table(estimate, width)
+    table = Table(box=None, pad_edge=False)
+    for i, title in enumerate(header):
+        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row, style="bold green" if row[0].startswith(">") else None)
+    return table
+
+
+def heading(estimate: Estimate, *, width: int = 100) -> str:
+    """What is trained, what is recommended and why."""
+    return _heading(estimate, width)
+
+
+def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str]:
+    """What a reader must know to believe the table, a sentence or two each."""
+    found = ["Ranges hold eight of ten runs; hours count from the first boot to the end."]
+    low, middle, high = loss_range(estimate.n_params, estimate.tokens)
+    found.append(
+        f"Expected loss {middle:.2f} ({low:.2f} to {high:.2f}) nats a token by Chinchilla's law as"
+        " refitted by Besiroglu et al. 2024, on Chinchilla's text."
+    )
+    p4d = next((e for e in estimate.offers if _is_p4d_on_demand(e)), None)
+    if p4d is not None:
+        found.append(_explain_old_price(estimate, p4d))
+    if not estimate.offers[0].is_ddp:
+        found.append(
+            "The figures are for a state that is sharded over the GPUs; casallm's trainer does"
+            " not do."
+        )
+    if estimate.tokens > FINEWEB_EDU_TOKENS:
+        found.append(
+            f"{format_count(estimate.tokens)} tokens are more than FineWeb-Edu's"
+            f" {format_count(FINEWEB_EDU_TOKENS)}: other text or several epochs are needed."
+        )
+    if estimate.too_small:
+        found.append(f"{estimate.too_small} offers are left out: the model does not fit them.")
+    found.append(_price_age(estimate, today or datetime.datetime.now(datetime.UTC).date()))
+    return found
+
+
+def format_explain(estimate: Estimate, *, width: int = 100) -> str:
+    """The arithmetic of the recommended offer, line by line."""
+    best = estimate.offers[0]
+    job, bill, setup = best.job, best.bill, best.job.setup
+    gflop = estimate.flops_per_token / 1e9
+    hours = estimate.tokens / job.rate.p50 / 3600
+    shards = "every GPU holds the whole model" if best.is_ddp else "the state is sharded"
+    lines = [
+        f"{best.name}, recommended: {estimate.reason}.",
+        "",
+        f"Work      {format_count(estimate.n_params)} parameters: {_shape(estimate)}",
+        f"          {gflop:.3f} GFLOP a token = 6 x matrix weights + 12 x layers x width x context",
+        f"          x {format_count(estimate.tokens)} tokens = {estimate.total_flops:.3g} FLOP",
+        f"Machine   {setup.n_gpus} x {setup.hardware.name},"
+        f" {setup.hardware.peak_flops / 1e12:.0f} TFLOP/s peak each, of which large products"
+        f" sustain {setup.hardware.sustained_fraction:.0%}",
+        f"Layout    micro-batch {setup.micro_batch_size} x {setup.context_length} tokens, global"
+        f" batch {setup.global_batch_size}, recompute {setup.recompute}; {shards}",
+        *_explain_memory(best.job.setup),
+        *_explain_rate(best),
+        f"Hours     {format_count(estimate.tokens)} / {format_count(job.rate.p50)} tokens/s ="
+        f" {hours:.1f} h of training; {bill.hours.p50:.1f} h all in, goodput {bill.goodput:.1%}",
+        "Bill",
+    ]
+    size = max(len(item.name) for item in bill.items)
+    for item in bill.items:
+        lines.append(f"  {item.name:{size}}  {item.usd:10,.2f}  {item.source}")
+    lines.append(f"  {'total':{size}}  {bill.usd.p50:10,.2f}  {_range(bill.usd)}")
+    return "\n".join(_wrap(line, width, indent=10) for line in lines)
+
+
+def to_json(estimate: Estimate) -> dict[str, Any]:
+    """The answer as plain values; keys as documented in docs/guides/estimate.md."""
+    low, middle, high = loss_range(estimate.n_params, estimate.tokens)
+    return {
+        "params": estimate.n_params,
+        "tokens": estimate.tokens,
+        "flops_per_token": estimate.flops_per_token,
+        "total_flops": estimate.total_flops,
+        "context_length": estimate.request.context_length,
+        "shape": estimate.config.model_dump(mode="json"),
+        "expected_loss": {"p10": low, "p50": middle, "p90": high},
+        "offers": [_offer_json(each) for each in estimate.offers],
+        "recommended": 0,
+        "reason": estimate.reason,
+        "prices_as_of": estimate.prices.as_of.isoformat(),
+        "prices_source": estimate.prices.source,
+        "notes": notes(estimate),
+    }
+
+
+def _heading(estimate: Estimate, width: int) -> str:
+    best = estimate.offers[0]
+    ratio = estimate.tokens / estimate.n_params
+    work = (
+        f"{format_count(estimate.n_params)} parameters on {format_count(estimate.tokens)} tokens"
+        f" ({ratio:.3g} a parameter, context {estimate.request.context_length:,}):"
+        f" {estimate.total_flops:.3g} FLOP"
+    )
+    where = f" in {best.job.offer.region}" if best.job.offer.region else ""
+    advice = (
+        f"Recommended: {best.name}{where}, {format_usd(best.bill.usd.p50)}"
+        f" ({_range(best.bill.usd)}) and {_hours(best.bill.hours.p50)} h; {estimate.reason}."
+    )
+    return f"{_wrap(work, width)}\n{_wrap(advice, width)}"
+
+
+def _table(estimate: Estimate, width: int) -> list[list[str]]:
+    """Header and rows; narrower widths leave columns out."""
+    header = ["  machine", "where", "$/h", "tokens/s", "MFU", "hours", "dollars"]
+    rows = [header, *(_row(each, each is estimate.offers[0]) for each in _shown(estimate))]
+    for column, needed in (("where", 100), ("MFU", 84)):
+        if width < needed:
+            i = rows[0].index(column)
+            rows = [row[:i] + row[i + 1 :] for row in rows]
+    return rows
+
+
+def _shown(estimate: Estimate) -> list[OfferEstimate]:
+    """The best offers, and the p4d on demand wherever it stands."""
+    shown = list(estimate.offers[:MAX_ROWS])
+    missing = [e for e in estimate.offers[MAX_ROWS:] if _is_p4d_on_demand(e)]
+    return shown[: MAX_ROWS - len(missing)] + missing
+
+
+def _row(each: OfferEstimate, is_recommended: bool) -> list[str]:
+    bill = each.bill
+    return [
+        ("> " if is_recommended else "  ") + each.name,
+        each.job.offer.region,
+        f"{each.job.usd_per_hour:.2f}",
+        format_count(each.job.rate.p50),
+        f"{each.mfu:.0%}",
+        _hours_with_range(bill.hours),
+        f"{format_usd(bill.usd.p50)} ({_range(bill.usd, '-')})",
+    ]
+
+
+def _is_p4d_on_demand(each: OfferEstimate) -> bool:
+    return each.job.offer.instance == P4D and not each.job.is_spot
+
+
+def _explain_old_price(estimate: Estimate, p4d: OfferEstimate) -> str:
+    setup = p4d.job.setup
+    peak = setup.hardware.peak_flops * setup.n_gpus
+    hours = estimate.total_flops / (peak * OLD_MFU) / 3600
+    old, now = hours * OLD_P4D_USD_PER_HOUR, hours * p4d.job.usd_per_hour / setup.n_nodes
+    return (
+        f"Older articles: {estimate.total_flops:.3g} FLOP at {OLD_MFU:.0%} of {setup.n_gpus} x"
+        f" {setup.hardware.peak_flops / 1e12:.0f} TFLOP/s are {hours:.1f} h, at a p4d's"
+        f" ${OLD_P4D_USD_PER_HOUR:.2f}/h before AWS's cut of 2025 {format_usd(old)}. At"
+        f" ${p4d.job.usd_per_hour / setup.n_nodes:.2f}/h that is {format_usd(now)}; at the"
+        f" {p4d.mfu:.0%} MFU expected here, {format_usd(p4d.bill.usd.p50)} with all else."
+    )
+
+
+def _price_age(estimate: Estimate, today: datetime.date) -> str:
+    prices = estimate.prices
+    if prices.source == PRICE_GIVEN:
+        return "The price is the one that was given; storage and other services are not counted."
+    days = prices.age_days(today)
+    age = "today" if days == 0 else "a day old" if days == 1 else f"{days} days old"
+    old = ": old, look again before spending" if days > STALE_DAYS else ""
+    return f"Prices: {prices.source} of {prices.as_of} ({age}){old}."
+
+
+def _explain_memory(setup: Setup) -> list[str]:
+    memory = _memory(setup)
+    parts = ", ".join(
+        f"{name} {format_bytes(getattr(memory, name))}"
+        for name in ("weights", "gradients", "optimizer", "activations", "logits", "margin")
+    )
+    return [
+        f"Memory    {format_bytes(memory.total)} of {format_bytes(setup.hardware.memory_bytes)}:"
+        f" {parts}",
+        f"          at most {most_sequences(setup)} sequences would fit; DDP"
+        f" {'fits' if fits_ddp(setup) else 'does not fit'}",
+    ]
+
+
+def _memory(setup: Setup) -> Memory:
+    return training_memory(
+        setup.config,
+        setup.micro_batch_size,
+        setup.context_length,
+        precision=setup.precision,
+        recompute=setup.recompute,
+        stack=setup.stack,
+        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
+    )
+
+
+def _explain_rate(best: OfferEstimate) -> list[str]:
+    job, setup = best.job, best.job.setup
+    time = step_time(setup)
+    parts = ", ".join(
+        f"{name} {getattr(time, name) / time.seconds:.0%}"
+        for name in ("matrix", "attention", "tail", "communication", "optimizer")
+    )
+    spread = f"{format_count(job.rate.p10)} to {format_count(job.rate.p90)}"
+    return [
+        f"Rate      a step of {format_count(time.tokens)} tokens takes {time.seconds:.2f} s:",
+        f"          {parts}",
+        f"          {format_count(job.rate.p50)} tokens/s ({spread}), {best.mfu:.1%} MFU",
+    ]
+
+
+def _shape(estimate: Estimate) -> str:
+    config = estimate.config
+    return (
+        f"{config.family}, {config.n_layers} layers of {config.d_model}, {config.n_heads} heads,"
+        f" MLP {config.ff_width}, vocabulary {config.vocab_size:,}"
+    )
+
+
+def _offer_json(each: OfferEstimate) -> dict[str, Any]:
+    job, bill = each.job, each.bill
+    rate = Interval(job.rate.p10, job.rate.p50, job.rate.p90)
+    return {
+        "cloud": job.offer.cloud,
+        "region": job.offer.region,
+        "zone": job.offer.zone if job.is_spot else "",
+        "instance": job.offer.instance,
+        "gpu": job.offer.hardware.name,
+        "gpus": job.offer.n_gpus,
+        "nodes": job.setup.n_nodes,
+        "spot": job.is_spot,
+        "usd_per_hour": job.usd_per_hour,
+        "tokens_per_second": _interval_json(rate),
+        "mfu": each.mfu,
+        "hours": _interval_json(bill.hours),
+        "usd": _interval_json(bill.usd),
+        "items": {item.name: item.usd for item in bill.items},
+        "item_sources": {item.name: item.source for item in bill.items},
+        "micro_batch_size": job.setup.micro_batch_size,
+        "global_batch_size": job.setup.global_batch_size,
+        "recompute": job.setup.recompute,
+        "sharding": job.setup.sharding,
+        "fits_ddp": fits_ddp(job.setup),
+        "memory_bytes": _memory(job.setup).total,
+        "goodput": bill.goodput,
+        "checkpoint_seconds": bill.checkpoint_seconds,
+        "preemptions": bill.preemptions,
+    }
+
+
+def _interval_json(interval: Interval) -> dict[str, float]:
+    return {"p10": interval.p10, "p50": interval.p50, "p90": interval.p90}
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f}" if hours < 20 else f"{hours:,.0f}"
+
+
+def _hours_with_range(hours: Interval) -> str:
+    digits = 1 if hours.p90 < 20 else 0
+    return f"{hours.p50:,.{digits}f} ({hours.p10:,.{digits}f}-{hours.p90:,.{digits}f})"
+
+
+def _range(usd: Interval, between: str = " to ") -> str:
+    return f"{format_usd(usd.p10)}{between}{format_usd(usd.p90)}"
+
+
+def _wrap(text: str, width: int, *, indent: int = 0) -> str:
+    """`text` in lines of at most `width`; a table's spaces are kept while it fits."""
+    if len(text) <= width:
+        return text
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=" " * indent, drop_whitespace=True, break_long_words=False
+    )
+    return "\n".join(lines)
