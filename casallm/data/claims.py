@@ -1,0 +1,203 @@
+"""Does the assistant say, in its own voice, that it is another assistant or another's product?
+
+What others say does not count: quoted speech, code and the lines of a script are taken out
+first. Names that are also a person's, an animal's or a wind's (Claude, Llama, Mistral), and
+makers of other things (Google), count only in a sentence about an AI, or where the user asked the
+assistant about itself, and not in a story.
+
+Decided: a denial alone stays ("I am not ChatGPT"); a denial with a claim goes ("I am not
+ChatGPT, I am Claude"). A mere "as an AI language model, I ..." claims no one's name and stays. A
+"yes" to "are you ChatGPT?" goes. An assistant name of no list goes where a sentence introduces it
+as one ("I am Zorb, an AI assistant"), unless the user or the system message gave it that name.
+"""
+
+import re
+from collections.abc import Collection, Iterator, Sequence
+from functools import cached_property
+
+from casallm.data.assistants import (
+    MAKER,
+    MAYBE_MAKER,
+    MAYBE_NAME,
+    NAME,
+    mark_assistants,
+    may_name_assistant,
+)
+from casallm.data.claim_patterns import load_grammar
+from casallm.data.conversation import Message
+
+_ENDS_CHARS = 600
+"""Of a long question only this much of its beginning and of its end is read."""
+
+_SURE = re.compile(f"[{NAME}{MAKER}]")
+_ANY = re.compile(f"[{NAME}{MAYBE_NAME}{MAKER}{MAYBE_MAKER}]")
+_THIRD_PERSON = re.compile(
+    rf"{_ANY.pattern}(?:\s+(?:is|was|are|were|has|have|had|can|does|will|fue|es|ha|est|a|ist|wurde"
+    r"|foi|è|był|создала?|это)\b|是|由|は)"
+)
+_FIRST_PERSON = re.compile(r"\b(?:i|me|my)\b", re.IGNORECASE)
+_CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_BLOCK_QUOTE = re.compile(r"^\s*>.*$", re.MULTILINE)
+_QUOTATION = re.compile(
+    r"\"[^\"\n]*\"|\u201c[^\u201d\n]*\u201d|\u201e[^\u201c\u201d\n]*[\u201c\u201d]|\xab[^\xbb\n]*\xbb"
+    r"|\u300c[^\u300d\n]*\u300d|(?<!\w)'[^'\n]+'(?!\w)"
+)
+_SCRIPT_LINE = re.compile(
+    r"^[\W\d]*(?P<speaker>[A-Z][\w .'-]{0,24}?)\**:\**[ \t]+\S+[ \t]+\S.*$", re.MULTILINE
+)
+_SIGNATURE = re.compile(
+    r"(?:[.!?\n]\s*[-\u2013\u2014~]|\n(?:best|cheers|regards|love|yours|sincerely|thanks)[\w ]*,?"
+    r"\s*\n)\s*(?P<name>\w[\w. -]{1,24}?)\W*$",
+    re.IGNORECASE,
+)
+_LINK = re.compile(r"\[([^\]\n]*)\]\([^)\n]*\)")
+_MARKUP = re.compile(r"[*`_]{1,3}(?=\S)|(?<=\S)[*`_]{1,3}")
+_SENTENCE_END = re.compile(r"(?<=[.!?;])[\s)\"']+|[\u3002\uff01\uff1f\u061f\u06d4]+|\n+")
+
+
+def find_foreign_claim(messages: Sequence[Message], own_names: Collection[str] = ()) -> str | None:
+    """The first sentence in which the assistant claims to be another, or None.
+
+    `own_names` are the name and the maker that it may claim.
+    """
+    own = {name.casefold() for name in own_names}
+    given: list[str] = []
+    for message in messages:
+        if message.role != "assistant":
+            given.append(message.content)
+            continue
+        if _may_claim(given[-1] if given else "", message.content):
+            claim = _Exchange(given, own).find_claim(message.content)
+            if claim is not None:
+                return claim
+    return None
+
+
+def _may_claim(question: str, answer: str) -> bool:
+    return may_name_assistant(answer) or (
+        load_grammar().yes.match(answer) is not None and may_name_assistant(question)
+    )
+
+
+class _Exchange:
+    """What the user and the system said, which decides how the answer is to be read."""
+
+    def __init__(self, given: Sequence[str], own: set[str]) -> None:
+        self.own = own
+        self.given = given
+        question = given[-1].replace("\u2019", "'") if given else ""
+        self.question = (
+            question
+            if len(question) < 2 * _ENDS_CHARS
+            else (f"{question[:_ENDS_CHARS]}\n{question[-_ENDS_CHARS:]}")
+        )
+        self.is_about_self = load_grammar().asked_about_self.search(self.question) is not None
+
+    @cached_property
+    def is_fiction(self) -> bool:
+        """Whether the answer speaks for somebody else."""
+        return (
+            load_grammar().fiction.search(self.question) is not None
+            or load_grammar().role_play.search(self.all_given) is not None
+        )
+
+    @cached_property
+    def all_given(self) -> str:
+        """What the assistant was told before it answered, casefolded."""
+        return "\n".join(self.given).casefold()
+
+    @cached_property
+    def marked_question(self) -> str:
+        """The question with the names in it marked."""
+        return mark_assistants(self.question, self.own, any_case=True)
+
+    @property
+    def is_given_text(self) -> bool:
+        """Whether the names in the answer are those of a text that the user gave to work on."""
+        return (
+            load_grammar().text_task.search(self.question) is not None
+            and _ANY.search(self.marked_question) is not None
+        )
+
+    def asks_whether(self) -> bool:
+        """Whether a mere "yes" would claim to be another assistant."""
+        return load_grammar().asked_whether.search(self.marked_question) is not None
+
+    def find_claim(self, answer: str) -> str | None:
+        """The sentence of `answer` that claims to be another assistant, or None."""
+        text = answer.replace("\u2019", "'")
+        if self.is_given_text or not text.strip():
+            return None
+        if load_grammar().yes.match(text) and self.asks_whether():
+            return text.strip().split("\n")[0]
+        text = _plain(text if self.is_about_self else _without_others_words(text))
+        any_case = self.is_about_self or text.islower()
+        for number, sentence in enumerate(_sentences(text)):
+            if not may_name_assistant(sentence):
+                continue
+            marked = mark_assistants(sentence, self.own, any_case=any_case)
+            if self._is_claim(marked, is_early=number < 2):
+                return sentence
+        return self._signature(text)
+
+    def _signature(self, text: str) -> str | None:
+        """The name that `text` is signed with, where it is an assistant's and not the task's."""
+        signature = _SIGNATURE.search(text)
+        if signature is None:
+            return None
+        mark = mark_assistants(signature["name"], self.own)
+        is_called = signature["name"].casefold() in self.question.casefold()
+        is_claim = mark == NAME and not is_called
+        is_claim |= mark == MAYBE_NAME and is_called and not self.is_fiction
+        return signature["name"] if is_claim else None
+
+    def _is_claim(self, sentence: str, *, is_early: bool) -> bool:
+        if not _ANY.search(sentence):
+            return self._is_new_identity(sentence)
+        if load_grammar().uninvolved.search(sentence):
+            return False
+        is_program = not self.is_fiction or load_grammar().about_ai.search(sentence) is not None
+        for pattern in load_grammar().claims:
+            for match in pattern.finditer(sentence):
+                is_meant = is_program or _SURE.search(match[0]) is not None
+                if is_meant and not _is_disowned(sentence, match):
+                    return True
+        return is_early and self.is_about_self and not self.is_fiction and _is_answer(sentence)
+
+    def _is_new_identity(self, sentence: str) -> bool:
+        """Whether a name or maker of no list is introduced as the assistant's own."""
+        if self.is_fiction or any(name in sentence.casefold() for name in self.own):
+            return False
+        patterns = (load_grammar().new_name, load_grammar().new_maker)
+        found = (match for pattern in patterns if (match := pattern.search(sentence)))
+        return any(match[1].casefold() not in self.all_given for match in found)
+
+
+def _is_disowned(sentence: str, match: re.Match[str]) -> bool:
+    """Whether a claim is somebody else's, supposed, or denied."""
+    if load_grammar().reported.search(sentence[: match.start()]):
+        return True
+    return load_grammar().denied_after.match(sentence, match.end()) is not None
+
+
+def _is_answer(sentence: str) -> bool:
+    """Whether a sentence with a name in it, said of oneself when asked, tells one's own."""
+    if load_grammar().denied.search(sentence):
+        return False
+    return not _THIRD_PERSON.search(sentence) or _FIRST_PERSON.search(sentence) is not None
+
+
+def _without_others_words(text: str) -> str:
+    """`text` without code, quotations of three words and more, and the lines of a script."""
+    text = _BLOCK_QUOTE.sub("", _CODE_BLOCK.sub("", text))
+    text = _QUOTATION.sub(lambda match: "" if len(match[0].split()) >= 3 else match[0], text)
+    speakers = {match["speaker"].casefold() for match in _SCRIPT_LINE.finditer(text)}
+    return _SCRIPT_LINE.sub("", text) if len(speakers) >= 2 else text
+
+
+def _plain(text: str) -> str:
+    return _MARKUP.sub("", _LINK.sub(r"\1", text))
+
+
+def _sentences(text: str) -> Iterator[str]:
+    return (part.strip() for part in _SENTENCE_END.split(text) if part.strip())
