@@ -26,6 +26,8 @@ from typing import Any, Literal
 PR_SET_PDEATHSIG = 1
 """prctl's request for a signal at the parent's death (Linux, prctl(2))."""
 
+PARENT_VARIABLE = "CASALLM_PARENT_PID"
+
 
 @dataclass(frozen=True)
 class StopRequest:
@@ -136,10 +138,21 @@ class Control:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies, even by SIGKILL (Linux)."""
+    """Let the kernel kill this process when its parent dies, even by SIGKILL (Linux).
+
+    A parent that died before this call is noticed by its number, which `environment_for_child`
+    handed down.
+    """
     libc: Any = ctypes.CDLL(None, use_errno=True)
     if hasattr(libc, "prctl"):
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(PARENT_VARIABLE, str(os.getppid())) != str(os.getppid()):
+        os._exit(1)
+
+
+def environment_for_child(**more: str) -> dict[str, str]:
+    """This process's environment and `more`, for a child that calls `die_with_parent`."""
+    return {**os.environ, PARENT_VARIABLE: str(os.getpid()), **more}
 
 
 def _write_whole(path: Path, text: str) -> None:

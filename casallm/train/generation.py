@@ -5,14 +5,16 @@ torchrun's report of a failed rank, which only repeats what the rank has said, s
 """
 
 import logging
+import os
 import sys
 
-from casallm.train.control import die_with_parent
+from casallm.train.control import die_with_parent, environment_for_child
 
 
 def main(directory: str, ranks: str, rendezvous_id: str) -> int:
     """Run the ranks to their end; 0 if all ended well."""
     die_with_parent()
+    os.environ.update(environment_for_child())
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 

@@ -19,7 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from casallm.errors import TrainingError
-from casallm.train.control import Control, Outcome, Spec, StopRequest
+from casallm.train.control import (
+    Control,
+    Outcome,
+    Spec,
+    StopRequest,
+    environment_for_child,
+)
 from casallm.train.preemption import SignalWatch
 
 log = logging.getLogger(__name__)
@@ -134,11 +140,9 @@ def _start_torchrun(generation: Generation, directory: Path) -> "subprocess.Pope
         str(generation.ranks),
         uuid.uuid4().hex[:12],
     ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(generation.threads_per_rank),
-        "PYTHONUNBUFFERED": "1",
-    }
+    environment = environment_for_child(
+        OMP_NUM_THREADS=str(generation.threads_per_rank), PYTHONUNBUFFERED="1"
+    )
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 

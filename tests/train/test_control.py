@@ -6,7 +6,7 @@ import time
 
 import psutil
 
-from casallm.train.control import Control, Outcome, StopRequest
+from casallm.train.control import PARENT_VARIABLE, Control, Outcome, StopRequest
 
 
 def test_the_first_request_to_stop_stands(tmp_path):
@@ -65,6 +65,16 @@ def test_a_child_dies_with_its_parent(tmp_path):
     while is_alive(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not is_alive(pid)
+
+
+def test_a_child_whose_parent_is_gone_before_it_looks_ends_itself():
+    child = "from casallm.train.control import die_with_parent as d; d(); print('alive')"
+    environment = {**os.environ, PARENT_VARIABLE: "1"}
+
+    done = subprocess.run([sys.executable, "-c", child], env=environment, capture_output=True)
+
+    assert done.returncode == 1
+    assert done.stdout == b""
 
 
 def is_alive(pid):
