@@ -6,7 +6,21 @@ import time
 
 import psutil
 
-from casallm.train.control import PARENT_VARIABLE, Control, Outcome, StopRequest
+from casallm.train.control import PARENT_VARIABLE, Control, Outcome, Spec, StopRequest
+
+SPEC = Spec(
+    run_url="runs/x",
+    config={"train": {"steps": 3}},
+    dataset_directory="data/y",
+    scratch="z",
+    attempt=3,
+    start_from="step-00000001-a2",
+    identity_sha256="ab",
+    usd_before=0.5,
+    billed_since=1.0,
+    run_started=2.0,
+    elapsed_before=3.0,
+)
 
 
 def test_the_first_request_to_stop_stands(tmp_path):
@@ -21,13 +35,13 @@ def test_the_first_request_to_stop_stands(tmp_path):
 
 def test_outcome_spec_and_errors_come_back_as_left(tmp_path):
     control = Control(tmp_path)
-    control.write_spec({"a": [1, 2]})
+    control.write_spec(SPEC)
     control.write_outcome(Outcome("stopped", 7, "SIGTERM"))
     control.write_error(1, ValueError("first"))
     time.sleep(0.01)
     control.write_error(0, ValueError("second"))
 
-    assert Control(tmp_path).spec() == {"a": [1, 2]}
+    assert Control(tmp_path).spec() == SPEC
     assert Control(tmp_path).outcome() == Outcome("stopped", 7, "SIGTERM")
     rank, words = Control(tmp_path).first_error()
     assert rank == 1
