@@ -50,11 +50,16 @@ def curve_of(lines: Sequence[Line], name: str) -> Curve:
 
 def smoothed(curve: Curve) -> Curve:
     """The running mean, centred; at the ends over what there is."""
-    half = int(SMOOTHING_SHARE * len(curve) / 2)
+    half = _half_width(curve)
     places = np.arange(len(curve))
     first, last = np.maximum(places - half, 0), np.minimum(places + half + 1, len(curve))
     total = np.concatenate([[0.0], np.cumsum(curve.y)])
     return Curve(curve.x, (total[last] - total[first]) / (last - first))
+
+
+def is_smoothed(curve: Curve) -> bool:
+    """Whether the curve is long enough for its running mean to differ from it."""
+    return _half_width(curve) > 0
 
 
 def thinned(curve: Curve) -> Curve:
@@ -88,6 +93,10 @@ def frame(curve: Curve, others: Sequence[float] = ()) -> tuple[float, float]:
     high = max([float(settled.max()), *others])
     margin = 0.06 * (high - low) or 0.1 * abs(high) or 0.5
     return low - margin, high + margin
+
+
+def _half_width(curve: Curve) -> int:
+    return int(SMOOTHING_SHARE * len(curve) / 2)
 
 
 def _shares(n_points: int) -> NDArray[np.int64]:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from casallm.train.curves import Curve, curve_of, frame, smoothed, spread, thinned
+from casallm.train.curves import Curve, curve_of, frame, is_smoothed, smoothed, spread, thinned
 from casallm.train.metrics import Line, evaluation_lines, training_lines
 from casallm.train.picture import ALERT, MUTED, PRIMARY, SECONDARY, Picture, draw_picture
 from casallm.units import format_count
@@ -68,7 +68,9 @@ def _draw_loss(drawable: Drawable) -> Picture | None:
         _finish_axes(axes, loss, "nats per token")
         axes.legend(**_LEGEND_ABOVE)
 
-    caption = "Each point of the pale curve is one line of metrics; the dark one is their mean."
+    caption = ""
+    if is_smoothed(loss):
+        caption = "Each point of the pale curve is one line of metrics; the dark one is their mean."
     above = loss.x[loss.y > high]
     if len(above):
         caption += (
@@ -82,7 +84,7 @@ def _draw_loss(drawable: Drawable) -> Picture | None:
         title="Loss",
         inches=(8.6, 3.9),
         description=f"Training loss over the tokens: {fall}.",
-        caption=caption,
+        caption=caption.strip(),
     )
 
 

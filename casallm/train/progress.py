@@ -6,9 +6,12 @@ large model on a small machine is long): carriage returns are noise in a log tha
 Everything goes to standard error. Only rank 0 makes a Progress.
 """
 
+import logging
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -63,7 +66,9 @@ class Progress:
             self._live = Live(
                 get_renderable=self._render, console=self._console, refresh_per_second=4
             )
+            stderr = sys.stderr
             self._live.start()
+            _move_log_handlers(stderr, sys.stderr)
 
     def advance(self, step: int) -> None:
         """`step` optimizer steps are done; called at every one, and costs next to nothing."""
@@ -89,7 +94,9 @@ class Progress:
     def close(self) -> None:
         """Leave the last state on the screen and give the terminal back."""
         if self._live is not None:
+            proxy = sys.stderr
             self._live.stop()
+            _move_log_handlers(proxy, sys.stderr)
 
     def _outlook(self) -> Outlook:
         seconds_left = self._pace.seconds_for(self.total_steps - self._step)
@@ -149,6 +156,13 @@ def validation_note(line: Line) -> str:
     if line.get("val_bpb") is not None:
         text += f", {_format(line['val_bpb'], '.4f')} bits per byte"
     return text
+
+
+def _move_log_handlers(old: TextIO, new: TextIO) -> None:
+    """Let what is logged to `old` go to `new`: while a bar is live it must appear above it."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, logging.StreamHandler) and handler.stream is old:
+            handler.setStream(new)
 
 
 class _Pace:

@@ -17,6 +17,7 @@ from casallm.estimate.architecture import ModelConfig
 from casallm.storage.store import Store
 from casallm.train.attempts import Attempt, attempt_numbers, read_attempt, utc_now
 from casallm.train.journal import EVENTS, METRICS, merged_metrics, merged_samples, read_lines
+from casallm.train.metrics import Line
 from casallm.train.redaction import redacted
 from casallm.train.report_data import AttemptRow, Baseline, Command, ReportData, Section
 from casallm.train.run import IDENTITY, saved_settings
@@ -39,6 +40,7 @@ def load_report_data(run: Store) -> ReportData:
     finished = read_finished(run)
     ended = _end(events[attempts[-1].number]) if attempts else None
     train = settings.get("train", {})
+    lines = merged_metrics(run)
     return ReportData(
         name=run.url.rstrip("/").rsplit("/", 1)[-1],
         url=run.url,
@@ -49,19 +51,21 @@ def load_report_data(run: Store) -> ReportData:
         tokens_per_step=int(train["global_batch_size"]) * int(train["context_length"]),
         context_length=int(train["context_length"]),
         model=_model(settings),
-        lines=merged_metrics(run),
+        lines=lines,
         samples=merged_samples(run),
         attempts=_attempt_rows(run, attempts, events),
         baseline=_baseline(everything),
         predicted_usd=_number(newest.get("predicted_usd")),
         hardware=_hardware(newest.get("machine", {})),
         sections=(
-            _data_section(settings, dataset, everything),
+            _data_section(
+                settings, dataset, _last(everything, "dataset"), tokens_seen=_tokens_seen(lines)
+            ),
             _machine_section(newest),
         ),
         settings={**settings, "dataset": dataset},
         commands=_commands(run.url, settings, is_over=finished is not None),
-        written_at=utc_now(),
+        written_at=format_time(utc_now()),
     )
 
 
@@ -133,6 +137,10 @@ def _ending(end: Mapping[str, Any] | None, *, is_newest: bool) -> str:
     return "no end on record yet" if is_newest else "lost without a word"
 
 
+def _tokens_seen(lines: Sequence[Line]) -> float:
+    return max((_number(line.get("tokens")) or 0.0 for line in lines), default=0.0)
+
+
 def _baseline(events: Sequence[Mapping[str, Any]]) -> Baseline | None:
     event = _last(events, "baseline")
     nats = _number(event.get("nats_per_token"))
@@ -147,14 +155,19 @@ def _hardware(machine: Mapping[str, Any]) -> str:
     return f"{machine.get('n_cores')} CPU cores"
 
 
-def _data_section(settings: Tree, dataset: Tree, events: Sequence[Mapping[str, Any]]) -> Section:
-    facts = _last(events, "dataset")
-    tokenizer = facts.get("tokenizer", {})
-    rows = [("Source", str(settings.get("data", {}).get("source", "?")))]
+def _data_section(
+    settings: Tree, dataset: Tree, facts: Mapping[str, Any], *, tokens_seen: float
+) -> Section:
+    source = str(settings.get("data", {}).get("source", "?"))
+    library = facts.get("source", {}).get("botocore")
+    rows = [("Source", f"{source} (botocore {library})" if library else source)]
+    splits = facts.get("splits", {})
     for name, title in (("train", "Training text"), ("val", "Held-out text")):
-        split = facts.get("splits", {}).get(name)
-        if split:
-            rows.append((title, _split_text(split)))
+        if name in splits:
+            rows.append((title, _split_text(splits[name])))
+    if splits.get("train", {}).get("tokens"):
+        rows.append(("Passes over it", f"{tokens_seen / splits['train']['tokens']:.2f}"))
+    tokenizer = facts.get("tokenizer")
     if tokenizer:
         words = f"{tokenizer.get('name')}, {tokenizer.get('vocab_size'):,} tokens"
         rows.append(("Tokenizer", words))

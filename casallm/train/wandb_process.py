@@ -57,7 +57,7 @@ def find_obstacle(environment: Mapping[str, str]) -> str | None:
     """What keeps a run from being online, in a few words; None if nothing does."""
     server = environment.get("WANDB_BASE_URL") or DEFAULT_SERVER
     if not _has_key(server, environment):
-        return "there is no key for it (set WANDB_API_KEY, or run `wandb login`)"
+        return "no key was found (set WANDB_API_KEY, or run `wandb login`)"
     if not _answers(server):
         return f"{urlsplit(server).hostname} does not answer"
     return None
@@ -71,7 +71,7 @@ def _start(setup: MirrorSetup) -> Any | None:
         mode = "offline" if obstacle else "online"
         if obstacle:
             level: Level = "warning" if setup.mode == "online" else "info"
-            _say(level, f"wandb keeps its files in {setup.directory}: {obstacle}")
+            _say(level, f"wandb is offline, {obstacle}: its files are in {setup.directory}")
     try:
         import wandb
     except ImportError:
@@ -87,7 +87,7 @@ def _start(setup: MirrorSetup) -> Any | None:
     except (wandb.Error, OSError, ValueError, AssertionError) as error:
         _say("warning", f"metrics are not mirrored to wandb: {' '.join(str(error).split())}")
         return None
-    _say("warning", f"wandb keeps its files in {setup.directory}: {reason}")
+    _say("warning", f"wandb is offline, {reason}: its files are in {setup.directory}")
     return run
 
 

@@ -29,7 +29,7 @@ MACHINE = {
 }
 DATASET = {"manifest_sha256": "ab" * 32, "tokenizer_fingerprint": "cd" * 32}
 DATASET_FACTS = {
-    "source": {"name": "builtin", "fingerprint": "ef" * 32},
+    "source": {"name": "builtin", "botocore": "1.43.117", "fingerprint": "ef" * 32},
     "splits": {
         "train": {"tokens": 5_210_430, "documents": 9_412, "bytes_of_text": 18_300_000},
         "val": {"tokens": 274_120, "documents": 495, "bytes_of_text": 962_000},

@@ -6,6 +6,7 @@ from casallm.train.curves import (
     Curve,
     curve_of,
     frame,
+    is_smoothed,
     smoothed,
     spread,
     thinned,
@@ -39,7 +40,11 @@ def test_smoothing_is_the_mean_of_the_neighbours():
 
 
 def test_smoothing_a_short_curve_changes_nothing():
-    assert smoothed(curve([3.0, 1.0])).y.tolist() == [3.0, 1.0]
+    short = curve(range(99))
+
+    assert smoothed(short).y.tolist() == short.y.tolist()
+    assert not is_smoothed(short)
+    assert is_smoothed(curve(range(100)))
 
 
 def test_a_long_curve_is_thinned_to_means_that_keep_its_mean():

@@ -11,12 +11,12 @@ from casallm.train.picture import CSS_VARIABLES
 from casallm.train.plots import Drawable, Start, draw_plots
 
 NUMBERS = training_numbers(400, 10, None)
+STARTS = [Start(1_000_000, True), Start(2_000_000, False)]
 
 
 @pytest.fixture(scope="module")
 def plots():
-    starts = [Start(1_000_000, True), Start(2_000_000, False)]
-    return {plot.name: plot for plot in draw_plots(Drawable(NUMBERS, starts, 4.1))}
+    return {plot.name: plot for plot in draw_plots(Drawable(NUMBERS, STARTS, 4.1))}
 
 
 def test_a_run_has_its_four_pictures(plots):
@@ -81,11 +81,13 @@ def test_a_png_is_a_picture_of_some_size(plots):
         assert width > 700 > 300 < height
 
 
-def test_the_same_numbers_give_the_same_picture(plots):
-    starts = [Start(1_000_000, True), Start(2_000_000, False)]
-    again = draw_plots(Drawable(NUMBERS, starts, 4.1))
+def test_the_same_numbers_give_the_same_picture_and_leave_matplotlib_as_it_was(plots):
+    before = mpl.rcParams.copy()
+
+    again = draw_plots(Drawable(NUMBERS, STARTS, 4.1))
 
     assert [plot.svg_wide for plot in again] == [plot.svg_wide for plot in plots.values()]
+    assert mpl.rcParams.copy() == before
 
 
 @pytest.mark.parametrize("n_lines", [0, 1])
@@ -118,11 +120,3 @@ def test_200000_lines_are_drawn_in_seconds_and_stay_light():
 
     assert time.monotonic() - started < 60  # 3 s on an idle core
     assert sum(len(plot.svg_wide) + len(plot.svg_narrow) for plot in drawn) < 600_000
-
-
-def test_drawing_leaves_matplotlib_as_it_was(plots):
-    before = mpl.rcParams.copy()
-
-    draw_plots(Drawable(NUMBERS))
-
-    assert mpl.rcParams.copy() == before

@@ -1,4 +1,12 @@
+import contextlib
+import fcntl
 import io
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
 
 import pytest
 from rich.console import Console
@@ -192,6 +200,35 @@ def test_a_log_file_has_no_control_characters(clock):
     progress.close()
 
     assert all(char == "\n" or char.isprintable() for char in written(console))
+
+
+def test_on_a_real_terminal_warnings_appear_above_the_bar():
+    script = (
+        "import logging, sys; from casallm.train.progress import Progress\n"
+        "logging.basicConfig(format='%(message)s', stream=sys.stderr)\n"
+        "progress = Progress(10); progress.advance(3)\n"
+        "logging.warning('the disk is nearly full')\n"
+        "progress.close(); logging.warning('after the bar')\n"
+    )
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    ran = subprocess.Popen(
+        [sys.executable, "-c", script], stderr=child, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(child)
+
+    output = b""
+    with contextlib.suppress(OSError):  # Linux says EIO when the last writer has gone
+        while chunk := os.read(parent, 4096):
+            output += chunk
+    os.close(parent)
+
+    assert ran.wait() == 0
+    rows = [row.rstrip() for row in screen(output.decode().replace("\r\n", "\n"))]
+    assert rows[0] == "the disk is nearly full"
+    assert rows[1].startswith("step 3/10 ━━━")
+    assert rows[-1] == "after the bar"
+    assert sum(row.startswith("step ") for row in rows) == 1
 
 
 def screen(stream: str) -> list[str]:

@@ -76,9 +76,10 @@ def test_the_data_section_names_source_sizes_and_vocabulary(tmp_path):
 
     (section,) = [section for section in data.sections if section.title == "Data"]
     assert dict(section.rows) == {
-        "Source": "builtin",
+        "Source": "builtin (botocore 1.43.117)",
         "Training text": "5,210,430 tokens in 9,412 documents (18.3 MB)",
         "Held-out text": "274,120 tokens in 495 documents (962 kB)",
+        "Passes over it": "0.63",
         "Tokenizer": "trained, 4,096 tokens",
         "Tokenizer fingerprint": "cd" * 32,
         "Manifest sha256": "ab" * 32,

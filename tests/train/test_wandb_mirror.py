@@ -1,5 +1,6 @@
 import json
 import logging
+import logging.handlers
 import os
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -31,10 +33,14 @@ LINES: list[Line] = [
 
 @pytest.fixture(autouse=True)
 def _no_account(monkeypatch, tmp_path):
+    forget_account(monkeypatch, tmp_path / "home")
+
+
+def forget_account(patch: pytest.MonkeyPatch, home: Path) -> None:
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("NETRC", raising=False)
+        patch.delenv(name)
+    patch.delenv("NETRC", raising=False)
+    patch.setenv("HOME", str(home))
 
 
 @pytest.fixture
@@ -82,62 +88,86 @@ def records(directory: Path) -> list:
     return found
 
 
-def history(directory: Path) -> list[dict]:
-    rows = [record.history for record in records(directory) if record.HasField("history")]
+def history(found: list) -> list[dict]:
+    rows = [record.history for record in found if record.HasField("history")]
     lines = [
         {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in r.item} for r in rows
     ]
     return [{k: v for k, v in line.items() if not k.startswith("_")} for line in lines]
 
 
+@dataclass
+class Mirrored:
+    directory: Path
+    said: list[str]
+
+
 @pytest.fixture(scope="module")
 def offline_run(tmp_path_factory):
-    """The directory of one offline run that was told all LINES, in a home of its own."""
+    """One run of somebody without an account, told all LINES, in a home of its own."""
     directory = tmp_path_factory.mktemp("offline")
+    heard = logging.handlers.BufferingHandler(100)
+    logger = logging.getLogger("casallm.train.wandb_mirror")
+    level = logger.level
+    logger.addHandler(heard)
+    logger.setLevel(logging.INFO)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HOME", str(directory / "home"))
-        with_wandb = mirror("offline", directory / "scratch")
+        forget_account(patch, directory / "home")
+        with_wandb = mirror("auto", directory / "scratch")
         for line in LINES:
             with_wandb.log(line)
         with_wandb.close(60)
-    return directory / "scratch"
+    logger.removeHandler(heard)
+    logger.setLevel(level)
+    return Mirrored(directory / "scratch", [record.getMessage() for record in heard.buffer])
+
+
+def test_without_an_account_files_are_kept_and_no_question_is_asked(offline_run):
+    assert offline_run.said == [
+        "wandb is offline, no key was found (set WANDB_API_KEY, or run `wandb login`): its files"
+        f" are in {offline_run.directory}"
+    ]
 
 
 def test_an_offline_run_holds_every_line_under_the_given_id(offline_run):
-    run = next(record.run for record in records(offline_run) if record.HasField("run"))
+    found = records(offline_run.directory)
+    run = next(record.run for record in found if record.HasField("run"))
 
-    assert history(offline_run) == LINES
+    assert history(found) == LINES
     assert (run.run_id, run.display_name, run.project) == ("run-1234", "a run", "casallm")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["model"] == {"d_model": 8}
 
 
 def test_every_metric_is_drawn_over_the_step(offline_run):
-    metrics = [record.metric for record in records(offline_run) if record.HasField("metric")]
+    metrics = [
+        record.metric for record in records(offline_run.directory) if record.HasField("metric")
+    ]
 
     assert "step" in {metric.name for metric in metrics}
     assert ("*", "step") in {(metric.glob_name, metric.step_metric) for metric in metrics}
 
 
 def test_nothing_is_written_outside_the_given_directory(offline_run):
-    assert not (offline_run.parent / "home").exists()
+    assert not (offline_run.directory.parent / "home").exists()
 
 
 def test_the_command_line_is_not_recorded(offline_run):
-    files = [path for path in offline_run.rglob("*") if path.is_file()]
+    files = [path for path in offline_run.directory.rglob("*") if path.is_file()]
 
     assert files
     assert not any(b"wandb_process" in path.read_bytes() for path in files)
 
 
+@pytest.mark.slow
 def test_a_replay_without_an_account_keeps_every_line_and_says_why(tmp_path, caplog):
     replay(LINES, run_id="run-1", name="r", config={}, directory=tmp_path)
     said = list(caplog.messages)
 
-    assert history(tmp_path) == LINES
+    assert history(records(tmp_path)) == LINES
     assert said == [
-        f"wandb keeps its files in {tmp_path}: there is no key for it (set WANDB_API_KEY, or run"
-        " `wandb login`)"
+        "wandb is offline, no key was found (set WANDB_API_KEY, or run `wandb login`): its files"
+        f" are in {tmp_path}"
     ]
 
 
@@ -150,8 +180,8 @@ def test_online_without_a_route_becomes_offline_with_one_warning(tmp_path, monke
     with_wandb.close(60)
     said = list(caplog.messages)
 
-    assert history(tmp_path) == LINES[:1]
-    assert said == [f"wandb keeps its files in {tmp_path}: 127.0.0.1 does not answer"]
+    assert history(records(tmp_path)) == LINES[:1]
+    assert said == [f"wandb is offline, 127.0.0.1 does not answer: its files are in {tmp_path}"]
 
 
 def test_a_server_that_never_answers_is_given_up_in_seconds(silent_server):
@@ -171,7 +201,7 @@ def test_a_key_in_netrc_is_a_key(tmp_path):
     without = {"NETRC": str(netrc), "WANDB_BASE_URL": "http://other.test:1"}
 
     assert find_obstacle(with_key) == "example.test does not answer"
-    assert str(find_obstacle(without)).startswith("there is no key for it")
+    assert str(find_obstacle(without)).startswith("no key was found")
 
 
 @pytest.mark.slow
@@ -264,7 +294,7 @@ def test_a_trainer_that_is_killed_leaves_no_process_behind_and_loses_no_line(tmp
 
     assert ran.returncode == -signal.SIGKILL
     assert becomes_true(lambda: not is_alive(group), seconds=30)
-    assert history(tmp_path) == [{"step": 1, "loss": 2.0}]
+    assert history(records(tmp_path)) == [{"step": 1, "loss": 2.0}]
 
 
 def is_alive(group: int) -> bool:
