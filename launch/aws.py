@@ -1,0 +1,265 @@
+"""What AWS itself says: who we are, whether a bucket and a quota will do, and what is still there.
+
+SkyPilot's own records are not asked here, so that what it has lost track of is found as well.
+Everything that is rented for a run carries its label (an EC2 tag on instances and volumes).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from casallm.errors import CloudError, MissingExtraError
+
+T = TypeVar("T")
+
+PARALLEL = 8
+
+GONE = ("terminated",)
+"""States of an instance that bills nothing and will not come back."""
+
+# Names of the quotas on running vCPUs, by (family, is spot): docs.aws.amazon.com/general/latest/gr
+QUOTAS = {
+    ("p4", True): ("L-7212CCBC", "All P4, P3 and P2 Spot Instance Requests"),
+    ("p5", True): ("L-C4BD4855", "All P5 Spot Instance Requests"),
+    ("p", False): ("L-417A185B", "Running On-Demand P instances"),
+    ("g", True): ("L-3819A6DF", "All G and VT Spot Instance Requests"),
+    ("g", False): ("L-DB2E81BA", "Running On-Demand G and VT instances"),
+}
+
+_VCPUS = {"p4d.24xlarge": 96, "p4de.24xlarge": 96, "p5.48xlarge": 192, "p5e.48xlarge": 192}
+_VCPUS |= {"p5en.48xlarge": 192, "p5.4xlarge": 16, "p3.16xlarge": 64, "p3dn.24xlarge": 96}
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """Something of ours that still exists and may bill."""
+
+    kind: str
+    """instance, volume, spot request or upload."""
+    id: str
+    region: str
+    state: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.id} in {self.region} ({self.state})"
+
+
+def account_id() -> str:
+    """The number of the account; CloudError says how to get credentials that work."""
+    with _explained():
+        return str(_client("sts", None).get_caller_identity()["Account"])
+
+
+def bucket_region(bucket: str) -> str | None:
+    """Where the bucket lies; None if there is none; CloudError if it is not ours."""
+    errors = _errors()
+    with _explained():
+        s3 = _client("s3", None)
+        try:
+            s3.head_bucket(Bucket=bucket)
+            return str(s3.get_bucket_location(Bucket=bucket)["LocationConstraint"] or "us-east-1")
+        except errors.ClientError as error:
+            code = error.response["Error"]["Code"]
+            if code in ("404", "NoSuchBucket"):
+                return None
+            if code in ("403", "AccessDenied", "301", "PermanentRedirect"):
+                raise CloudError(
+                    f"bucket s3://{bucket} belongs to somebody else, or you may not use it:"
+                    " name another with BUCKET=s3://YOUR-BUCKET"
+                ) from None
+            raise
+
+
+def create_bucket(bucket: str, region: str) -> None:
+    """Make a private bucket in which unfinished uploads end after a week."""
+    with _explained():
+        s3 = _client("s3", region)
+        where = {} if region == "us-east-1" else {"LocationConstraint": region}
+        extra = {"CreateBucketConfiguration": where} if where else {}
+        s3.create_bucket(Bucket=bucket, **extra)
+        block = (
+            "BlockPublicAcls",
+            "IgnorePublicAcls",
+            "BlockPublicPolicy",
+            "RestrictPublicBuckets",
+        )
+        s3.put_public_access_block(
+            Bucket=bucket, PublicAccessBlockConfiguration=dict.fromkeys(block, True)
+        )
+        rule = {
+            "ID": "end-unfinished-uploads",
+            "Status": "Enabled",
+            "Filter": {"Prefix": ""},
+            "AbortIncompleteMultipartUpload": {"DaysAfterInitiation": 7},
+        }
+        s3.put_bucket_lifecycle_configuration(
+            Bucket=bucket, LifecycleConfiguration={"Rules": [rule]}
+        )
+
+
+def quota_problem(instance: str, region: str, *, is_spot: bool, nodes: int) -> str | None:
+    """Why the account may not run these machines, in one sentence; None if it may."""
+    family = instance[0] if not is_spot or instance[0] == "g" else instance[:2]
+    code, name = QUOTAS.get((family, is_spot), ("", ""))
+    needed = _VCPUS.get(instance, 0) * nodes
+    if not code or not needed:
+        return None
+    errors = _errors()
+    with _explained():
+        quotas = _client("service-quotas", region)
+        try:
+            granted = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+        except errors.ClientError:
+            return None
+    if granted >= needed:
+        return None
+    return (
+        f"the quota {name!r} in {region} is {granted:.0f} vCPUs, but {nodes} x {instance} need"
+        f" {needed}: `aws service-quotas request-service-quota-increase --service-code ec2"
+        f" --quota-code {code} --desired-value {needed} --region {region}` (a day or two)"
+    )
+
+
+def enabled_regions() -> list[str]:
+    """Every region that the account may use."""
+    with _explained():
+        answer = _client("ec2", "us-east-1").describe_regions()
+        return sorted(region["RegionName"] for region in answer["Regions"])
+
+
+def leftovers(regions: Iterable[str], labels: dict[str, str]) -> list[Leftover]:
+    """Instances, volumes and spot requests that carry all `labels`, in the regions given."""
+    with _explained():
+        found = _in_parallel(lambda region: _left_in(region, labels), list(regions))
+    return sorted((each for part in found for each in part), key=str)
+
+
+def unfinished_uploads(bucket: str, prefix: str) -> list[Leftover]:
+    """Multipart uploads below `prefix` that were begun and never ended; they bill as storage."""
+    with _explained():
+        s3 = _client("s3", None)
+        pages = s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
+        return [
+            Leftover("upload", f"{upload['Key']}#{upload['UploadId']}", bucket, "unfinished")
+            for page in pages
+            for upload in page.get("Uploads", [])
+        ]
+
+
+def remove(leftover: Leftover) -> None:
+    """End it: what is already gone is fine."""
+    errors = _errors()
+    with _explained(), contextlib.suppress(errors.ClientError):
+        if leftover.kind == "upload":
+            key, _, upload_id = leftover.id.rpartition("#")
+            _client("s3", None).abort_multipart_upload(
+                Bucket=leftover.region, Key=key, UploadId=upload_id
+            )
+            return
+        ec2 = _client("ec2", leftover.region)
+        if leftover.kind == "instance":
+            ec2.terminate_instances(InstanceIds=[leftover.id])
+        elif leftover.kind == "spot request":
+            ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=[leftover.id])
+        else:
+            ec2.delete_volume(VolumeId=leftover.id)
+
+
+def _left_in(region: str, labels: dict[str, str]) -> list[Leftover]:
+    ec2 = _client("ec2", region)
+    filters = [{"Name": f"tag:{key}", "Values": [value]} for key, value in labels.items()]
+    reservations = _all(ec2, "describe_instances", "Reservations", filters)
+    instances = [each for reservation in reservations for each in reservation["Instances"]]
+    found = [
+        Leftover("instance", each["InstanceId"], region, each["State"]["Name"])
+        for each in instances
+        if each["State"]["Name"] not in GONE
+    ]
+    found += [
+        Leftover("volume", each["VolumeId"], region, each["State"])
+        for each in _all(ec2, "describe_volumes", "Volumes", filters)
+        if each["State"] != "deleting"
+    ]
+    live = [*filters, {"Name": "state", "Values": ["open", "active"]}]
+    found += [
+        Leftover("spot request", each["SpotInstanceRequestId"], region, each["State"])
+        for each in _all(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", live)
+    ]
+    return found
+
+
+def _all(client: Any, method: str, key: str, filters: Sequence[dict[str, Any]]) -> Iterator[Any]:
+    for page in client.get_paginator(method).paginate(Filters=list(filters)):
+        yield from page[key]
+
+
+def _in_parallel(function: Callable[[str], T], items: Sequence[str]) -> list[T]:
+    with ThreadPoolExecutor(PARALLEL, thread_name_prefix="aws") as executor:
+        return list(executor.map(function, items))
+
+
+def _client(service: str, region: str | None) -> Any:
+    try:
+        import boto3
+        from botocore.config import Config
+    except ImportError:
+        raise MissingExtraError("boto3", "cloud") from None
+    limits = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 3})
+    session = boto3.Session()
+    where = region or session.region_name or "us-east-1"
+    return session.client(service, region_name=where, config=limits)
+
+
+def _errors() -> Any:
+    try:
+        import botocore.exceptions
+    except ImportError:
+        raise MissingExtraError("boto3", "cloud") from None
+    return botocore.exceptions
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    """Turn botocore's errors into one sentence with the command that helps."""
+    errors = _errors()
+    try:
+        yield
+    except (errors.NoCredentialsError, errors.PartialCredentialsError, errors.ProfileNotFound):
+        raise CloudError(
+            "this computer has no AWS credentials: run `aws configure` (or `aws sso login`)"
+        ) from None
+    except (errors.TokenRetrievalError, errors.SSOTokenLoadError, errors.UnauthorizedSSOTokenError):
+        raise CloudError(_EXPIRED) from None
+    except errors.ClientError as error:
+        raise CloudError(_refusal(error)) from None
+    except errors.BotoCoreError as error:
+        raise CloudError(
+            f"AWS cannot be reached ({error}): check the network and AWS_ENDPOINT_URL"
+        ) from None
+
+
+_EXPIRED = "the AWS credentials have expired: run `aws sso login` (or `aws configure` again)"
+
+
+def _refusal(error: Any) -> str:
+    code, message = error.response["Error"]["Code"], error.response["Error"].get("Message", "")
+    if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired"):
+        return _EXPIRED
+    if code in (
+        "InvalidClientTokenId",
+        "AuthFailure",
+        "SignatureDoesNotMatch",
+        "InvalidAccessKeyId",
+    ):
+        return f"AWS does not know these credentials ({code}): run `aws configure`"
+    if code in ("AccessDenied", "UnauthorizedOperation", "AccessDeniedException"):
+        return (
+            f"AWS does not let you {error.operation_name}: attach the policy of"
+            " docs/guides/pretrain-on-aws.md to your user"
+        )
+    return (
+        f"AWS refused {error.operation_name} ({code}: {message}): see"
+        " docs/guides/pretrain-on-aws.md"
+    )

@@ -1,0 +1,229 @@
+"""From a request to a plan: which machines, how long, what it costs at most, and what ends it.
+
+Pure but for reading prices from disk: the same request gives the same screen with credentials and
+without, online and offline. Every plan has a budget and a deadline, asked for or computed: both
+are stored in the run and enforced on the node.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from casallm.errors import ConfigError
+from casallm.estimate.bill import Item
+from casallm.estimate.cost import Bill
+from casallm.estimate.estimator import EstimateRequest, OfferEstimate, estimate
+from casallm.estimate.hardware import Hardware, parse_gpu
+from casallm.estimate.layout import Wishes
+from casallm.estimate.prices import Offer, Prices, choose_offers, hourly_price, load_prices
+from casallm.units import parse_hours, parse_usd
+from launch.request import LaunchRequest, cluster_name
+from launch.tasks import Place, accelerators_of, load_task
+from launch.workload import Workload, read_workload
+
+REGIONS_PER_GPU = 3
+"""Regions in which each kind of machine is sought, the cheapest first."""
+
+WORTHWHILE = 2.0
+"""A kind of machine is a candidate while the run costs at most this many times the best."""
+
+SPOT_HEADROOM = 1.5
+"""Spot prices move: SkyPilot may pay this many times the listed price, and not more."""
+
+BUDGET_FACTOR, DEADLINE_FACTOR = 1.25, 2.0
+"""Of the 90th percentile: the budget and the deadline of a run for which none was given."""
+
+OVERSHOOT_FRACTION, OVERSHOOT_SECONDS = 0.01, 60.0
+"""By how much a run may miss its budget while it saves and ends."""
+
+CAPACITY_HOURS = 2.0
+"""How long the launcher waits for machines before it gives up."""
+
+SERVICES = ("data preparation", "disk", "object storage", "controller", "egress", "requests", "sft")
+"""Items of the bill that the run's own budget does not count: it pays for machines by the hour."""
+
+HOME = "us-"
+"""Regions are sought here unless REGION says otherwise: the bucket should be on one continent."""
+
+UNTESTED_CLOUDS = ("lambda", "runpod", "gcp", "azure", "nebius", "kubernetes")
+"""Reached through SkyPilot; nobody has tried casallm there yet."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A kind of machine in a region, as SkyPilot will be asked for it."""
+
+    offer: Offer
+    is_spot: bool
+
+    @property
+    def usd_per_hour(self) -> float:
+        """Of one machine."""
+        return hourly_price(self.offer, self.is_spot)
+
+    @property
+    def place(self) -> Place:
+        """How a task names it."""
+        offer = self.offer
+        return Place(f"{offer.cloud}/{offer.region}", f"{offer.hardware.name}:{offer.n_gpus}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is decided before money is spent."""
+
+    request: LaunchRequest
+    workload: Workload
+    candidates: tuple[Candidate, ...]
+    """In order of preference."""
+    best: OfferEstimate
+    budget_usd: float
+    deadline_hours: float
+    prices: Prices
+
+    @property
+    def name(self) -> str:
+        """Of the cluster or managed job."""
+        return cluster_name(self.request.run_url)
+
+    @property
+    def bill(self) -> Bill:
+        """Of the first candidate."""
+        return self.best.bill
+
+    @property
+    def max_hourly_usd(self) -> float:
+        """Beyond which SkyPilot takes no machine: of one machine, in dollars an hour."""
+        dearest = max(candidate.usd_per_hour for candidate in self.candidates)
+        return math.ceil(dearest * (SPOT_HEADROOM if self.request.is_spot else 1.0) * 100) / 100
+
+    @property
+    def usd_outside_budget(self) -> float:
+        """What is paid beside the run's own machines: controller, bucket, preparation."""
+        return round(sum(item.usd for item in self.bill.items if item.name in SERVICES), 2)
+
+    @property
+    def worst_usd(self) -> float:
+        """The most that the run can cost: budget or deadline, and what neither counts."""
+        rate = self.max_hourly_usd * self.request.nodes
+        by_budget = self.budget_usd * (1 + OVERSHOOT_FRACTION) + rate * OVERSHOOT_SECONDS / 3600
+        by_deadline = rate * (self.deadline_hours + OVERSHOOT_SECONDS / 3600)
+        return round(min(by_budget, by_deadline) + self.usd_outside_budget, 2)
+
+    def items(self) -> list[Item]:
+        """The lines of the bill that are worth a line."""
+        return [item for item in self.bill.items if item.usd >= 0.005]
+
+    def offers_text(self) -> str:
+        """The candidates' prices, as the node reads them to know its own."""
+        rows = [
+            f"{c.offer.cloud}/{c.offer.region}/{c.offer.instance}={c.usd_per_hour:.6g}"
+            for c in self.candidates
+        ]
+        return ",".join(rows)
+
+
+def build_plan(request: LaunchRequest, prices: Prices | None = None) -> Plan:
+    """The plan for `request`; ConfigError says what no machine can do."""
+    workload = read_workload(request)
+    known = _nearby(request, prices or load_prices())
+    estimates = [
+        each
+        for machine in _machines(request)
+        for each in _estimate(request, workload, machine, known)
+    ]
+    if not estimates:
+        raise ConfigError(_nothing_sold(request, known))
+    estimates.sort(key=lambda each: each.bill.usd.p50)
+    best = estimates[0]
+    affordable = [e for e in estimates if e.bill.usd.p50 <= WORTHWHILE * best.bill.usd.p50]
+    own_p90 = best.bill.usd.p90 - sum(i.usd for i in best.bill.items if i.name in SERVICES)
+    return Plan(
+        request=request,
+        workload=workload,
+        candidates=tuple(_candidates(affordable, known, request)),
+        best=best,
+        budget_usd=_budget(request, own_p90),
+        deadline_hours=_deadline(request, best.bill.hours.p90),
+        prices=known,
+    )
+
+
+def _nearby(request: LaunchRequest, prices: Prices) -> Prices:
+    """The offers that may be taken: of the cloud, in the region asked for or on one continent."""
+    offers = choose_offers(prices, cloud=request.cloud, region=request.region)
+    if request.cloud == "aws" and not request.region:
+        offers = [offer for offer in offers if offer.region.startswith(HOME)]
+    return replace(prices, offers=tuple(offers))
+
+
+def _machines(request: LaunchRequest) -> list[tuple[Hardware, int]]:
+    """The GPU that was asked for, or those that the task's file names."""
+    if request.gpu:
+        return [parse_gpu(request.gpu)]
+    return accelerators_of(load_task(request.job))
+
+
+def _estimate(
+    request: LaunchRequest, workload: Workload, machine: tuple[Hardware, int], prices: Prices
+) -> list[OfferEstimate]:
+    """The cheapest offer of one kind of machine, priced; none where it cannot do the work."""
+    hardware, n_gpus = machine
+    wanted = EstimateRequest(
+        config=workload.config,
+        tokens=workload.tokens,
+        context_length=workload.context_length,
+        hardware=hardware,
+        n_gpus=n_gpus,
+        n_nodes=request.nodes,
+        cloud=request.cloud,
+        region=request.region,
+        is_spot=request.is_spot,
+        wishes=Wishes(sharding="ddp", batch_tokens=workload.batch_tokens),
+        prices=prices,
+    )
+    try:
+        return [estimate(wanted).offers[0]]
+    except ConfigError:
+        if request.gpu:
+            raise
+        return []
+
+
+def _candidates(
+    estimates: Iterable[OfferEstimate], prices: Prices, request: LaunchRequest
+) -> Iterable[Candidate]:
+    for each in estimates:
+        kind = each.job.offer
+        same = [
+            Candidate(offer, request.is_spot)
+            for offer in prices.offers
+            if (offer.cloud, offer.instance, offer.hardware)
+            == (kind.cloud, kind.instance, kind.hardware)
+        ]
+        sold = [candidate for candidate in same if math.isfinite(candidate.usd_per_hour)]
+        sold.sort(
+            key=lambda c: (c.usd_per_hour, not c.offer.region.startswith("us-"), c.offer.region)
+        )
+        yield from sold[:REGIONS_PER_GPU]
+
+
+def _budget(request: LaunchRequest, own_p90: float) -> float:
+    if request.budget:
+        return parse_usd(request.budget, what="BUDGET")
+    return float(max(1, math.ceil(BUDGET_FACTOR * own_p90)))
+
+
+def _deadline(request: LaunchRequest, hours_p90: float) -> float:
+    if request.deadline:
+        return parse_hours(request.deadline, what="DEADLINE")
+    return float(max(1, math.ceil(DEADLINE_FACTOR * hours_p90)))
+
+
+def _nothing_sold(request: LaunchRequest, prices: Prices) -> str:
+    kind = "as spot" if request.is_spot else "on demand"
+    where = f"{request.cloud}/{request.region}" if request.region else request.cloud
+    return (
+        f"no machine of tasks/{request.job}.yaml that holds this model is sold {kind} on {where}"
+        f" ({prices.source} of {prices.as_of}): choose one with GPU=A100:8, or SPOT=0"
+    )

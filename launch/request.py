@@ -1,0 +1,77 @@
+"""What a person asked the launcher for, and the names that follow from it.
+
+A run is known by its URL and by nothing else: the name of its cluster or managed job, and the
+label that its machines carry, are computed from the URL, so any laptop finds them again.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass, field
+from typing import Literal
+
+Job = Literal["pretrain", "sft", "prepare", "evaluate"]
+JOBS: tuple[Job, ...] = ("pretrain", "sft", "prepare", "evaluate")
+
+ACCOUNT = "ACCOUNT"
+"""Stands for the account's number in the name of the default bucket until it is known."""
+
+DEFAULT_PRESET = "350m"
+"""What is trained in a cloud when no size is given: the reference model."""
+
+NAME_LENGTH = 40
+"""Of a cluster: AWS, GCP and Kubernetes all take this much."""
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """One `up`; empty means: decide for me."""
+
+    job: Job = "pretrain"
+    cloud: str = "aws"
+    run: str | None = None
+    start_from: str | None = None
+    preset: str | None = None
+    params: str | None = None
+    data: str | None = None
+    tokens: str | None = None
+    gpu: str | None = None
+    nodes: int = 1
+    ranks: int | None = None
+    region: str | None = None
+    is_spot: bool = True
+    budget: str | None = None
+    deadline: str | None = None
+    bucket: str | None = None
+    settings: tuple[str, ...] = field(default=())
+
+    @property
+    def bucket_url(self) -> str:
+        """Where runs and data are kept."""
+        return (self.bucket or f"s3://casallm-{ACCOUNT}").rstrip("/")
+
+    @property
+    def run_url(self) -> str:
+        """Where the run is kept."""
+        if self.run and "://" in self.run:
+            return self.run.rstrip("/")
+        return f"{self.bucket_url}/{self.run or self._default_name}"
+
+    @property
+    def _default_name(self) -> str:
+        if self.start_from:
+            return f"{self.start_from.rstrip('/').rpartition('/')[2]}-{self.job}"
+        size = (self.params or self.preset or DEFAULT_PRESET).lower()
+        data = (self.data or "builtin").rstrip("/").rpartition("/")[2].partition(".")[0]
+        return f"{size}-{data or 'data'}"
+
+
+def cluster_name(run_url: str) -> str:
+    """What SkyPilot calls the machines of a run: readable, and different for every URL."""
+    words = re.sub(r"[^a-z0-9]+", "-", run_url.rstrip("/").rpartition("/")[2].lower()).strip("-")
+    digest = hashlib.sha256(run_url.rstrip("/").encode()).hexdigest()[:6]
+    return f"casallm-{words[: NAME_LENGTH - 15].strip('-')}-{digest}"
+
+
+def run_labels(run_url: str) -> dict[str, str]:
+    """The labels (on AWS: tags) of everything that is rented for a run."""
+    return {"project": "casallm", "casallm-run": cluster_name(run_url)}

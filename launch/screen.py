@@ -1,0 +1,80 @@
+"""The one screen before the question: what will happen, what it costs, what ends it."""
+
+from collections.abc import Callable
+
+from casallm.estimate.cost import Interval
+from casallm.units import format_count, format_usd
+from launch.plan import CAPACITY_HOURS, UNTESTED_CLOUDS, Candidate, Plan
+
+_DATA = {
+    "builtin": "the built-in corpus, prepared on the machine in about a minute",
+    "shards": "{url}, copied to the machine before training",
+    "documents": "{source}, prepared first on a machine without GPUs into {url}",
+}
+
+
+def format_plan(plan: Plan) -> str:
+    """The plan as text; the same offline and online."""
+    request, bill = plan.request, plan.bill
+    rows = [
+        ("run", request.run_url),
+        ("model", plan.workload.describe()),
+        ("data", _data(plan)),
+        ("machines", _machines(plan)),
+        *((("", line)) for line in _fallbacks(plan)),
+        (
+            "time",
+            f"{_range_of(bill.hours, _hours)}, after up to {CAPACITY_HOURS:g} h of waiting",
+        ),
+        ("cost", f"{_range_of(bill.usd, format_usd)} in all: P50 (P10 to P90)"),
+        *(("", f"{item.name:<18}{format_usd(item.usd):>10}") for item in plan.items()),
+        ("ends itself", f"at {format_usd(plan.budget_usd)} or hour {plan.deadline_hours:g}:"),
+        ("", "the node anneals, saves and stops, whatever becomes of this computer"),
+        ("worst case", f"{format_usd(plan.worst_usd)}, all of the above included"),
+        ("prices", f"{plan.prices.source}, {plan.prices.as_of}"),
+    ]
+    title = f"casallm {request.job}: {plan.workload.size} on {request.cloud}"
+    lines = [title, "", *(f"{name:<13}{text}" for name, text in rows)]
+    if request.cloud in UNTESTED_CLOUDS:
+        lines += [
+            "",
+            f"{request.cloud} is reached through SkyPilot; casallm has not been tried there.",
+        ]
+    return "\n".join(lines)
+
+
+def _data(plan: Plan) -> str:
+    workload = plan.workload
+    text = _DATA[workload.data].format(url=workload.data_url, source=plan.request.data)
+    if workload.data != "documents":
+        return text
+    usd = sum(item.usd for item in plan.bill.items if item.name == "data preparation")
+    return f"{text} ({format_usd(usd)})"
+
+
+def _machines(plan: Plan) -> str:
+    nodes = f"{plan.request.nodes} x " if plan.request.nodes > 1 else ""
+    kind = "spot" if plan.request.is_spot else "on demand"
+    limit = format_usd(plan.max_hourly_usd * plan.request.nodes)
+    rate = format_count(plan.best.job.rate.p50)
+    return f"{nodes}{_describe(plan.candidates[0])}, {kind}, {rate} tokens/s; never above {limit}/h"
+
+
+def _fallbacks(plan: Plan) -> list[str]:
+    others = plan.candidates[1:]
+    return [f"else {_describe(candidate)}" for candidate in others]
+
+
+def _describe(candidate: Candidate) -> str:
+    offer = candidate.offer
+    gpus = f"{offer.n_gpus} x {offer.hardware.name}"
+    price = format_usd(candidate.usd_per_hour)
+    return f"{offer.cloud}/{offer.region} {offer.instance} ({gpus}) at {price}/h"
+
+
+def _range_of(interval: Interval, write: Callable[[float], str]) -> str:
+    return f"{write(interval.p50)} ({write(interval.p10)} to {write(interval.p90)})"
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.1f} h"

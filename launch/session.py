@@ -1,0 +1,172 @@
+"""What the commands do, in order: plan, check, ask, launch, follow, bring home, end.
+
+The command line parses and prints; each function here is one command as a list of steps.
+"""
+
+import logging
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import typer
+
+from casallm.errors import CloudError, StoreError
+from casallm.storage.store import open_store
+from launch import aws, cluster, node
+from launch.down import tear_down, tear_down_all
+from launch.plan import Plan, build_plan
+from launch.preflight import Findings, Surroundings, preflight
+from launch.progress import read_progress
+from launch.request import ACCOUNT, LaunchRequest, cluster_name
+from launch.screen import format_plan
+from launch.up import bring_home, environment_of_this_process, follow, launch_plan, three_commands
+
+log = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """How `up` is to behave, beside what it launches."""
+
+    notify: str | None = None
+    is_dirty_allowed: bool = False
+    is_detached: bool = False
+    is_sure: bool = False
+    is_dry: bool = False
+
+
+def run_up(request: LaunchRequest, choices: Choices, *, say: Say) -> int:
+    """One `up`, from plan to end; the exit code."""
+    plan = build_plan(request)
+    if choices.is_dry:
+        say(format_plan(plan))
+        return 0
+    environment = environment_of_this_process()
+    if choices.notify:
+        environment["NOTIFY"] = choices.notify
+    found = preflight(plan, Surroundings(environment, choices.is_dirty_allowed))
+    if found.account:
+        plan = replace(plan, request=_named(request, found.account))
+        plan = replace(plan, workload=build_plan(plan.request).workload)
+    say(format_plan(plan))
+    for note in found.notes:
+        say(f"note: {note}")
+    if found.problems:
+        raise CloudError(_listed(found.problems))
+    if not choices.is_sure and not confirm("Launch it?"):
+        return 1
+    _create_bucket(found)
+    try:
+        launch_plan(plan, environment)
+        if choices.is_detached:
+            say(three_commands(plan.request.run_url))
+            return 0
+        return _accompany(plan, environment, say)
+    except KeyboardInterrupt:
+        say("\n" + three_commands(plan.request.run_url))
+        return 0
+
+
+def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int:
+    """End one run's machines, or all; 0 only if nothing is left."""
+    if not is_sure:
+        names = [cluster_name(run_url)] if run_url else cluster.live_names()
+        say(f"this ends: {', '.join(names) or 'whatever carries our label'}")
+        if not confirm("End it?"):
+            return 1
+    result = tear_down(run_url, cloud=cloud) if run_url else tear_down_all()
+    usd = _paid(run_url) if run_url else None
+    say(result.text(usd))
+    return 1 if result.left else 0
+
+
+def status_text(run_url: str | None) -> str:
+    """One run in full, or every live one by name; the controller too."""
+    names = [cluster_name(run_url)] if run_url else cluster.live_names()
+    lines = []
+    for name in names:
+        current = cluster.standing(name)
+        state = current.status or "not running"
+        where = f" on {current.where}" if current.where else ""
+        recovered = f", recovered {current.recoveries} times" if current.recoveries else ""
+        lines.append(f"{name}   {state}{where}{recovered}")
+    if run_url:
+        lines += [f"  {line}" for line in read_progress(open_store(run_url)).lines()]
+    watching = cluster.controller()
+    lines.append(f"controller   {watching or 'none: nothing is billed for it'}")
+    return "\n".join(lines) if names else "nothing of casallm runs\n" + lines[-1]
+
+
+def only_run() -> str:
+    """The name of the one thing that runs; CloudError if there is none, or a choice."""
+    names = cluster.live_names()
+    if len(names) == 1:
+        return names[0]
+    listed = f" ({', '.join(names)})" if names else ""
+    raise CloudError(f"{len(names)} runs are live{listed}: say which with RUN=s3://BUCKET/NAME")
+
+
+def with_account(request: LaunchRequest) -> LaunchRequest:
+    """`request` with the account's number in the name of its default bucket."""
+    if ACCOUNT not in request.run_url:
+        return request
+    return _named(request, aws.account_id())
+
+
+def confirm(question: str) -> bool:
+    """Ask for one keystroke; CloudError where nobody can answer."""
+    if not sys.stdin.isatty():
+        raise CloudError("nobody can be asked here: add --yes (YES=1) to go on")
+    sys.stdout.write(f"{question} [y/N] ")
+    sys.stdout.flush()
+    answer = typer.getchar()
+    sys.stdout.write(f"{answer}\n")
+    return answer.lower() == "y"
+
+
+def _accompany(plan: Plan, environment: dict[str, str], say: Say) -> int:
+    """Follow the run to its end, bring it home, end its machines, say what it cost."""
+    url = plan.request.run_url
+    ending = follow(plan)
+    say(f"{url}: {ending.reason}")
+    if ending.has_succeeded:
+        folder = Path("runs") / url.rpartition("/")[2]
+        files = bring_home(url, folder)
+        say(f"{len(files)} files of it are in {folder}")
+    elif environment.get("NOTIFY"):
+        node.notify(environment["NOTIFY"], f"casallm: {url}: {ending.reason}")
+    result = tear_down(url, cloud=plan.request.cloud)
+    say(result.text(_paid(url)))
+    if not ending.has_succeeded:
+        say(f"the same command goes on from the last checkpoint; `make logs RUN={url}` says more")
+    return 0 if ending.has_succeeded and not result.left else 1
+
+
+def _named(request: LaunchRequest, account: str) -> LaunchRequest:
+    bucket = request.bucket_url.replace(ACCOUNT, account)
+    return replace(request, bucket=bucket)
+
+
+def _create_bucket(found: Findings) -> None:
+    if found.bucket_to_create:
+        name, region = found.bucket_to_create.split()
+        aws.create_bucket(name, region)
+
+
+def _paid(run_url: str) -> float | None:
+    """What the run's own ledger says; None where it cannot be read."""
+    try:
+        usd = read_progress(open_store(run_url)).usd
+    except StoreError as error:
+        log.warning("the ledger of %s cannot be read: %s", run_url, error)
+        return None
+    return usd or None
+
+
+def _listed(problems: tuple[str, ...]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} things to fix first:\n" + "\n".join(f"  - {each}" for each in problems)

@@ -1,0 +1,230 @@
+import subprocess
+
+import pytest
+
+from casallm.errors import CloudError, ConfigError
+from launch import aws, cluster
+from launch.preflight import (
+    Surroundings,
+    check_bucket,
+    check_data,
+    check_keys,
+    check_quotas,
+    check_skypilot,
+    check_tree,
+    preflight,
+)
+
+EXPIRED = b"""<ErrorResponse><Error><Code>ExpiredToken</Code><Message>old</Message></Error>
+<RequestId>1</RequestId></ErrorResponse>"""
+UNKNOWN_KEY = EXPIRED.replace(b"ExpiredToken", b"InvalidClientTokenId")
+DENIED = EXPIRED.replace(b"ExpiredToken", b"AccessDenied")
+
+
+@pytest.fixture
+def refusing_aws(bare_laptop, stub):
+    bare_laptop.setenv("AWS_ENDPOINT_URL", stub.url)
+    bare_laptop.setenv("AWS_ACCESS_KEY_ID", "test")
+    bare_laptop.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    stub.status = 403
+    return stub
+
+
+def sentence_of(action) -> str:
+    with pytest.raises(CloudError) as refused:
+        action()
+    return str(refused.value)
+
+
+def test_a_computer_without_credentials_is_told_how_to_get_some(bare_laptop):
+    assert sentence_of(aws.account_id) == (
+        "this computer has no AWS credentials: run `aws configure` (or `aws sso login`)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (
+            EXPIRED,
+            "the AWS credentials have expired: run `aws sso login` (or `aws configure` again)",
+        ),
+        (
+            UNKNOWN_KEY,
+            "AWS does not know these credentials (InvalidClientTokenId): run `aws configure`",
+        ),
+        (
+            DENIED,
+            "AWS does not let you GetCallerIdentity: attach the policy of"
+            " docs/guides/pretrain-on-aws.md to your user",
+        ),
+    ],
+)
+def test_a_refusal_by_aws_is_one_sentence_with_the_way_out(refusing_aws, body, sentence):
+    refusing_aws.body = body
+
+    assert sentence_of(aws.account_id) == sentence
+
+
+def test_somebody_elses_bucket_is_said_to_be_that(refusing_aws):
+    assert sentence_of(lambda: aws.bucket_region("theirs")) == (
+        "bucket s3://theirs belongs to somebody else, or you may not use it: name another with"
+        " BUCKET=s3://YOUR-BUCKET"
+    )
+
+
+def test_a_bucket_that_does_not_exist_is_offered_in_the_first_region(account, plan_of):
+    found = check_bucket(plan_of(bucket="s3://new-one"))
+
+    assert found.problems == ()
+    assert found.bucket_to_create == "new-one us-east-1"
+
+
+def test_the_default_bucket_carries_the_number_of_the_account(account, plan_of):
+    assert check_bucket(plan_of()).bucket_to_create == "casallm-123456789012 us-east-1"
+
+
+def test_a_bucket_that_was_created_is_private_and_passes_every_check(account, plan_of):
+    aws.create_bucket("ours", "us-east-1")
+
+    found = check_bucket(plan_of(bucket="s3://ours"))
+
+    assert (found.problems, found.bucket_to_create) == ((), "")
+    block = account.client("s3").get_public_access_block(Bucket="ours")
+    assert all(block["PublicAccessBlockConfiguration"].values())
+    assert "Contents" not in account.client("s3").list_objects_v2(Bucket="ours")
+
+
+def test_a_bucket_on_another_continent_is_a_problem(account, plan_of):
+    aws.create_bucket("far", "eu-west-1")
+
+    found = check_bucket(plan_of(bucket="s3://far", region="us-east-1"))
+
+    assert found.problems == (
+        "bucket s3://far is in eu-west-1, far from the machines (us-east-1):"
+        " add REGION=eu-west-1, or name a bucket near them with BUCKET=",
+    )
+
+
+def test_a_quota_of_zero_is_told_with_the_command_that_asks_for_more(bare_laptop, stub, plan_of):
+    bare_laptop.setenv("AWS_ENDPOINT_URL", stub.url)
+    bare_laptop.setenv("AWS_ACCESS_KEY_ID", "test")
+    bare_laptop.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    stub.body = b'{"Quota": {"Value": 0.0}}'
+
+    found = check_quotas(plan_of(gpu="A100:8", region="us-east-1"))
+
+    assert found.problems == (
+        "the quota 'All P4, P3 and P2 Spot Instance Requests' in us-east-1 is 0 vCPUs, but"
+        " 1 x p4d.24xlarge need 96: `aws service-quotas request-service-quota-increase"
+        " --service-code ec2 --quota-code L-7212CCBC --desired-value 96 --region us-east-1`"
+        " (a day or two)",
+    )
+
+
+def test_a_quota_that_suffices_is_no_problem(bare_laptop, stub, plan_of):
+    bare_laptop.setenv("AWS_ENDPOINT_URL", stub.url)
+    bare_laptop.setenv("AWS_ACCESS_KEY_ID", "test")
+    bare_laptop.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    stub.body = b'{"Quota": {"Value": 192.0}}'
+
+    assert check_quotas(plan_of(gpu="A100:8", nodes=2)).problems == ()
+
+
+def test_skypilot_that_is_missing_or_too_new_is_told_with_the_install_command(monkeypatch):
+    import importlib.metadata
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    missing = check_skypilot()
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.15.2")
+    other = check_skypilot()
+
+    assert missing.problems == (
+        "SkyPilot is not installed: run `make setup EXTRAS=train,data,cloud`",
+    )
+    assert other.problems == (
+        "SkyPilot is 0.15.2, but casallm speaks 0.14: run `make setup EXTRAS=train,data,cloud`",
+    )
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    for command in ("init -q", "add .", "commit -q -m x"):
+        (tmp_path / "casallm").mkdir(exist_ok=True)
+        (tmp_path / "casallm/cli.py").write_text("one")
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        subprocess.run(["git", *identity, *command.split()], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_a_dirty_tree_is_a_problem_unless_it_is_allowed(checkout):
+    clean = check_tree(checkout, is_dirty_allowed=False)
+    (checkout / "casallm/cli.py").write_text("two")
+
+    dirty = check_tree(checkout, is_dirty_allowed=False)
+    allowed = check_tree(checkout, is_dirty_allowed=True)
+
+    assert clean.problems == ()
+    assert dirty.problems == (
+        "1 file is not committed (casallm/cli.py): run `git commit -am 'Before training'`, or"
+        " insist with DIRTY=1 (--allow-dirty)",
+    )
+    assert allowed.notes == (
+        "1 file is not committed (casallm/cli.py): the machine gets them as they are",
+    )
+
+
+def test_machines_outside_aws_need_keys_for_the_bucket(plan_of):
+    plan = plan_of(cloud="lambda", is_spot=False, bucket="s3://ours", gpu="A100:8")
+
+    assert check_keys(plan, {}).problems == (
+        "machines of lambda have no role in AWS: run `export AWS_ACCESS_KEY_ID=…"
+        " AWS_SECRET_ACCESS_KEY=…` with keys that may use the bucket and nothing else",
+    )
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    assert check_keys(plan, keys).problems == ()
+
+
+def test_wandb_online_needs_its_key_here(plan_of):
+    plan = plan_of(settings=("log.wandb=online",))
+
+    assert len(check_keys(plan, {}).problems) == 1
+    assert check_keys(plan, {"WANDB_API_KEY": "key"}).problems == ()
+
+
+def test_shards_that_are_not_there_are_a_problem(account):
+    aws.create_bucket("ours", "us-east-1")
+
+    assert check_data("s3://ours/data").problems == (
+        "there are no shards at s3://ours/data (no whole manifest.json): check DATA=",
+    )
+
+
+def test_all_problems_are_told_at_once_and_each_once(bare_laptop, plan_of, monkeypatch):
+    plan = plan_of(settings=("log.wandb=online",))
+
+    found = preflight(plan, Surroundings({}, is_dirty_allowed=True))
+
+    assert sum("aws configure" in problem for problem in found.problems) == 1
+    assert sum("WANDB_API_KEY" in problem for problem in found.problems) == 1
+
+
+def test_an_unknown_gpu_is_told_with_the_nearest(plan_of):
+    with pytest.raises(ConfigError, match="there is no GPU 'A1000', did you mean A100"):
+        plan_of(gpu="A1000:8")
+
+
+def test_no_capacity_is_one_sentence_with_what_to_change():
+    exceptions = pytest.importorskip("sky.exceptions")
+
+    def refuse():
+        with cluster._explained():
+            raise exceptions.ResourcesUnavailableError("many lines\nof advice")
+
+    assert sentence_of(refuse) == (
+        "no machine of the plan is to be had now, in none of its regions, within its price: wait"
+        " and run the same command again, or add REGION=, GPU= or SPOT=0"
+    )

@@ -1,0 +1,254 @@
+"""The simulated cloud: moto as AWS, SkyPilot itself, and (where asked) real little machines.
+
+`SimulatedCloud` is started by fixtures. Everything that it starts carries its folder in its
+environment and is ended by that mark; nothing in it contacts an address outside this machine.
+"""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.simcloud import nodes
+from tests.simcloud.catalog import install_catalog
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+BIN = Path(sys.executable).parent
+TOOLS = ("unshare", "nsenter", "socat", "rsync", "ip", "sudo", "ssh", "sshd", "ssh-keygen")
+
+
+def missing_for_skypilot() -> str | None:
+    """Why SkyPilot cannot run here against moto, or None."""
+    absent = [name for name in ("sky", "aws", "moto_server") if not (BIN / name).exists()]
+    return f"{', '.join(absent)} not installed (extras cloud and dev)" if absent else None
+
+
+def missing_for_nodes() -> str | None:
+    """Why no simulated machine can run here, or None."""
+    reason = missing_for_skypilot()
+    if reason:
+        return reason
+    if os.geteuid() != 0:
+        return "simulated machines need root"
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    absent = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
+    if absent:
+        return f"{', '.join(absent)} not installed"
+    probe = subprocess.run(["unshare", *nodes.NAMESPACES, "--fork", "true"], check=False)
+    return None if probe.returncode == 0 else "namespaces are not allowed here"
+
+
+class SimulatedCloud:
+    """One AWS account with nothing in it, and a home folder whose SkyPilot uses it."""
+
+    def __init__(self, folder: Path, *, has_nodes: bool) -> None:
+        self.folder = folder
+        self.home = folder / "home"
+        self.has_nodes = has_nodes
+        self.endpoint = f"http://127.0.0.1:{_free_port()}"
+        self.image_root = Path(
+            os.environ.get("SIMCLOUD_ROOT", Path(tempfile.gettempdir()) / "casallm-simcloud")
+        )
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs to live in this cloud; AWS keys are made up."""
+        kept = ("LANG", "TMPDIR", "SSL_CERT_FILE", "TIKTOKEN_CACHE_DIR", "CASALLM_SHARED_DATA")
+        return {
+            **{name: os.environ[name] for name in kept if name in os.environ},
+            "HOME": str(self.home),
+            "USER": "tester",
+            "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTHONPATH": str(HERE / "shim"),
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+            "SIMCLOUD_ROOT": str(self.image_root),
+            "SIMCLOUD_MARK": str(self.folder),
+        }
+
+    def start(self) -> None:
+        """Bring up moto, an account as AWS hands it out, and the nodes' keeper."""
+        if self.has_nodes:
+            build = [str(HERE / "build_image.sh"), str(self.image_root), str(CHECKOUT)]
+            subprocess.run(build, check=True, stdin=subprocess.DEVNULL)
+        install_catalog(self.home)
+        self._configure()
+        moto = {
+            "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
+            "MOTO_AMIS_PATH": str(HERE / "amis.json"),
+        }
+        port = self.endpoint.rpartition(":")[2]
+        self._spawn([str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", port], moto)
+        wait_until(self._answers, seconds=60, what="moto to answer")
+        _furnish(self)
+        if self.has_nodes:
+            self._spawn([sys.executable, str(HERE / "nodes.py"), "serve"], {})
+
+    def stop(self) -> None:
+        """End everything that was started, SkyPilot's servers included."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.sky("api", "stop", timeout=60, check=False)
+        for process in reversed(self._processes):
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(20)
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self) -> list[int]:
+        """Every process on this machine (nodes excepted) that belongs to this simulation."""
+        mark = f"SIMCLOUD_MARK={self.folder}".encode()
+        return [pid for pid, environ in _environments() if mark in environ.split(b"\0")]
+
+    def run(
+        self, command: list[str], *, timeout: float = 120, check: bool = True, **extra: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run a command inside the cloud, with a time limit and no standard input."""
+        done = subprocess.run(
+            command,
+            env={**self.environment, **extra},
+            cwd=CHECKOUT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        if check and done.returncode:
+            raise AssertionError(
+                f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}"
+            )
+        return done
+
+    def sky(self, *words: str, timeout: float = 120, check: bool = True) -> str:
+        """The output of a `sky` command."""
+        done = self.run([str(BIN / "sky"), *words], timeout=timeout, check=check)
+        return done.stdout + done.stderr
+
+    def launch(
+        self, *words: str, timeout: float = 120, check: bool = True
+    ) -> "subprocess.CompletedProcess[str]":
+        """Run the launcher's command line."""
+        command = [sys.executable, "-m", "launch", *words]
+        return self.run(command, timeout=timeout, check=check)
+
+    def client(self, service: str, region: str = "us-east-1") -> Any:
+        """A boto3 client of this cloud."""
+        import boto3
+
+        return boto3.client(
+            service,
+            region_name=region,
+            endpoint_url=self.endpoint,
+            aws_access_key_id="test",
+            aws_secret_access_key="test",
+        )
+
+    def live_instances(self) -> list[str]:
+        """The ids of the instances that are not terminated, in all regions."""
+        found = []
+        for region in nodes.REGIONS:
+            for page in self.client("ec2", region).describe_instances()["Reservations"]:
+                found += [
+                    instance["InstanceId"]
+                    for instance in page["Instances"]
+                    if instance["State"]["Name"] != "terminated"
+                ]
+        return found
+
+    def live_volumes(self) -> list[str]:
+        """The ids of all volumes, in all regions."""
+        return [
+            volume["VolumeId"]
+            for region in nodes.REGIONS
+            for volume in self.client("ec2", region).describe_volumes()["Volumes"]
+        ]
+
+    def _configure(self) -> None:
+        config: dict[str, Any] = {"jobs": {"controller": {"consolidation_mode": True}}}
+        if self.has_nodes:
+            proxy = f"{sys.executable} {HERE / 'nodes.py'} proxy %h"
+            config["aws"] = {"ssh_proxy_command": proxy}
+        path = self.home / ".sky" / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(config))
+
+    def _spawn(self, command: list[str], extra: dict[str, str]) -> None:
+        log = (self.folder / f"{Path(command[-2]).name}-{len(self._processes)}.log").open("w")
+        self._processes.append(
+            subprocess.Popen(
+                command,
+                env={**self.environment, **extra},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        )
+
+    def _answers(self) -> bool:
+        with socket.socket() as probe:
+            host, port = self.endpoint.partition("//")[2].split(":")
+            return probe.connect_ex((host, int(port))) == 0
+
+
+def wait_until(condition: Callable[[], object], *, seconds: float, what: str) -> Any:
+    """The first true value of `condition`, asked every half second."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.5)
+    raise AssertionError(f"waited {seconds:.0f} s for {what}")
+
+
+def _furnish(cloud: SimulatedCloud) -> None:
+    """What a real account has and moto's lacks: internet gateways, and SkyPilot's own role.
+
+    SkyPilot calls a subnet public when its route table leads to a gateway. The role it would make
+    itself is refused by moto, because its inline policy states no version.
+    """
+    for region in nodes.REGIONS:
+        ec2 = cloud.client("ec2", region)
+        default = [{"Name": "isDefault", "Values": ["true"]}]
+        vpc = ec2.describe_vpcs(Filters=default)["Vpcs"][0]["VpcId"]
+        gateway = ec2.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
+        ec2.attach_internet_gateway(InternetGatewayId=gateway, VpcId=vpc)
+        own = [{"Name": "vpc-id", "Values": [vpc]}]
+        table = ec2.describe_route_tables(Filters=own)["RouteTables"][0]["RouteTableId"]
+        ec2.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
+    iam = cloud.client("iam")
+    trust = '{"Version":"2012-10-17","Statement":[]}'
+    iam.create_instance_profile(InstanceProfileName="skypilot-v1")
+    iam.create_role(RoleName="skypilot-v1", AssumeRolePolicyDocument=trust)
+    iam.add_role_to_instance_profile(InstanceProfileName="skypilot-v1", RoleName="skypilot-v1")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environments() -> Iterator[tuple[int, bytes]]:
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            with contextlib.suppress(OSError):
+                yield int(folder.name), (folder / "environ").read_bytes()
