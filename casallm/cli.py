@@ -101,6 +101,9 @@ def pretrain(
     ranks: Annotated[
         int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or one.")
     ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines that train together.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this one is.")] = 0,
+    master_addr: Annotated[str, typer.Option(help="Address of node 0.")] = "127.0.0.1",
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Resume although the settings differ.")
     ] = False,
@@ -110,8 +113,11 @@ def pretrain(
 ) -> None:
     """Train a model on text; the same command continues it, or says that it is finished."""
     from casallm.train.job import plan_text, start
+    from casallm.train.nodes import Place
     from casallm.train.pretrain import Request
 
+    if node_rank >= nodes:
+        raise ConfigError(f"--node-rank is {node_rank}, but --nodes {nodes} are counted from 0")
     request = Request(
         run=run,
         preset=preset,
@@ -120,13 +126,15 @@ def pretrain(
         tokens=tokens,
         ranks=ranks,
         allow_changes=allow_changes,
+        place=Place(node_rank, nodes, master_addr),
         settings=tuple(settings or ()),
     )
     if dry_run:
         print(plan_text(request))
         return
     code, answer = start(request)
-    print(answer)
+    if answer:
+        print(answer)
     raise typer.Exit(code)
 
 

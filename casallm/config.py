@@ -150,7 +150,8 @@ def _read(value: Any, annotation: Any) -> Any:
     if isinstance(value, list):
         inner = [arg for each in options for arg in typing.get_args(each) if arg is not Ellipsis]
         items = [_read(item, inner[0]) if inner else item for item in value]
-        return tuple(items) if tuple in map(typing.get_origin, options) else items
+        is_tuple = any(typing.get_origin(each) is tuple for each in options)
+        return tuple(items) if is_tuple else items
     if not isinstance(value, str):
         return value
     if types.NoneType in options and value.lower() in ("null", "none", "~", ""):

@@ -7,6 +7,7 @@ is arithmetic on seconds; the clock and the price come from outside.
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from pydantic import Field
 
@@ -31,6 +32,8 @@ class BudgetConfig(Config):
     """Hours from the run's first start, all attempts together; likewise."""
     usd_per_hour: float | None = Field(default=None, ge=0)
     """Price of this machine (all nodes); the launcher sets it to the instance really got."""
+    billed_from: Literal["start", "boot"] = "start"
+    """Since when this machine costs money; the launcher says boot."""
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,32 @@ Settle the settings, have the shards, claim the attempt, let the supervisor run 
 ranks, and at the end write what a finished run holds. The same request continues the run.
 """
 
+import contextlib
 import itertools
 import logging
+import socket
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from casallm.config import Tree, canonical_json, to_tree, to_yaml
+import psutil
+
+from casallm.config import Tree, build, canonical_json, to_tree, to_yaml
 from casallm.data.shards import Dataset
 from casallm.errors import CheckpointError, TrainingError
 from casallm.estimate.architecture import count_params
 from casallm.evals.bigram import bigram_loss
 from casallm.storage.store import Store, open_store
-from casallm.train.attempts import Attempt, CheckpointName, read_attempt
-from casallm.train.checkpoint import list_checkpoints, newest_good
+from casallm.train.attempts import Attempt, CheckpointName, attempt_numbers, read_attempt
+from casallm.train.budget import BudgetConfig
+from casallm.train.checkpoint import Checkpoint, list_checkpoints, newest_good
 from casallm.train.control import Outcome, Spec
 from casallm.train.journal import AttemptLog, Line, merged_metrics, merged_samples, spent_usd
 from casallm.train.machine import Machine, this_machine
+from casallm.train.nodes import Follower, Leader, Place
+from casallm.train.preemption import watch_notices
 from casallm.train.pretrain import (
     Request,
     check_identity,
@@ -37,7 +44,14 @@ from casallm.train.resume import start_attempt
 from casallm.train.run import RunConfig, identity_sha256, save_config, saved_settings
 from casallm.train.run_place import scratch_of
 from casallm.train.status import finish, read_finished
-from casallm.train.supervisor import EXIT_AGAIN, EXIT_DONE, Generation, Supervisor
+from casallm.train.supervisor import (
+    EXIT_AGAIN,
+    EXIT_DONE,
+    EXIT_FAILED,
+    Generation,
+    Supervisor,
+    follow,
+)
 from casallm.units import format_count
 
 log = logging.getLogger(__name__)
@@ -52,6 +66,8 @@ class Settled:
     dataset: Dataset
     machine: Machine
     ranks: int
+    """Of this node."""
+    place: Place
 
     @property
     def dataset_facts(self) -> Tree:
@@ -79,23 +95,21 @@ def start(request: Request) -> tuple[int, str]:
     if finished:
         return EXIT_DONE, f"{run.url} is finished: {finished['reason']}\n{_next_steps(run)}"
     settled = settle(request, machine, run)
+    if request.place.node:
+        return follow(Follower(request.place, run.url), _localizer(settled)), ""
     _refuse_changes(settled, is_allowed=request.allow_changes)
-    billed_since = time.time()
-    attempt, checkpoint = start_attempt(
-        run,
-        settled.scratch,
-        ranks=settled.ranks,
-        machine=machine.facts(),
-        usd_per_hour=settled.config.budget.usd_per_hour,
-        started_at=billed_since,
-    )
-    save_config(run, settled.config, settled.dataset_facts)
-    _copy_tokenizer(settled.dataset, run)
-    _note(run, attempt, "dataset", **dataset_facts(settled.dataset.manifest))
+    attempt, checkpoint = _claim(settled)
     log.info("%s", describe(settled, checkpoint.name if checkpoint else None))
-    supervisor = Supervisor(_generations(settled, attempt, billed_since), lambda: _newest_step(run))
-    outcome = supervisor.run()
-    return _conclude(settled, attempt, outcome)
+    leader = Leader(request.place, run.url) if request.place.n_nodes > 1 else None
+    supervisor = Supervisor(_generations(settled, attempt), lambda: _newest_step(run), leader)
+    code, answer = EXIT_FAILED, ""
+    try:
+        with _notices(settled.config, supervisor):
+            code, answer = _conclude(settled, attempt, supervisor.run())
+    finally:
+        if leader:
+            leader.dismiss(code)
+    return code, answer
 
 
 def settle(request: Request, machine: Machine, run: Store) -> Settled:
@@ -104,7 +118,8 @@ def settle(request: Request, machine: Machine, run: Store) -> Settled:
     dataset = prepare_dataset(config)
     if saved_settings(run) is None:
         config = fit_to_data(config, dataset, is_length_asked=_is_length_asked(request))
-    return Settled(run, config, dataset, machine, request.ranks or max(1, machine.n_gpus))
+    ranks = request.ranks or max(1, machine.n_gpus)
+    return Settled(run, config, dataset, machine, ranks, request.place)
 
 
 def describe(settled: Settled, start_from: CheckpointName | None) -> str:
@@ -138,14 +153,57 @@ def plan_text(request: Request) -> str:
     return "\n".join(lines)
 
 
-def _generations(
-    settled: Settled, attempt: Attempt, billed_since: float
-) -> Callable[[Path], Generation]:
+def _claim(settled: Settled) -> tuple[Attempt, Checkpoint | None]:
+    """Lead the run from here on, and put what it is made of into its directory."""
+    run, config = settled.run, settled.config
+    attempt, checkpoint = start_attempt(
+        run,
+        settled.scratch,
+        ranks=settled.ranks * settled.place.n_nodes,
+        machine=settled.machine.facts(),
+        usd_per_hour=config.budget.usd_per_hour,
+        started_at=time.time(),
+        **_billing(run, config.budget),
+    )
+    save_config(run, config, settled.dataset_facts)
+    _copy_tokenizer(settled.dataset, run)
+    _note(run, attempt, "dataset", **dataset_facts(settled.dataset.manifest))
+    return attempt, checkpoint
+
+
+def _billing(run: Store, config: BudgetConfig) -> dict[str, Any]:
+    """What was paid before this machine, and since when it bills; one machine is billed once."""
+    here = {"host": socket.gethostname(), "booted_at": psutil.boot_time()}
+    newest = max(attempt_numbers(run), default=0)
+    last = read_attempt(run, newest) if newest else None
+    is_same_machine = last and all(last.info.get(key) == here[key] for key in here)
+    if last and is_same_machine and config.billed_from == "boot":
+        paid = {key: last.info[key] for key in ("usd_before", "billed_since")}
+    else:
+        since = here["booted_at"] if config.billed_from == "boot" else time.time()
+        paid = {"usd_before": spent_usd(run), "billed_since": since}
+    return {"booted_at": here["booted_at"], **paid}
+
+
+@contextlib.contextmanager
+def _notices(config: RunConfig, supervisor: Supervisor) -> Iterator[None]:
+    """Listen to the cloud while the ranks run, if the settings say which."""
+    if config.train.notices == "off":
+        yield
+        return
+    done = watch_notices(config.train.notices, supervisor.request_stop)
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def _generations(settled: Settled, attempt: Attempt) -> Callable[[], Generation]:
     """What the supervisor asks before each generation: to go on from the newest checkpoint."""
     run, config = settled.run, settled.config
-    before = merged_metrics(run)
+    elapsed = [line["elapsed_seconds"] for line in merged_metrics(run) if "loss" in line]
 
-    def next_generation(directory: Path) -> Generation:
+    def next_generation() -> Generation:
         checkpoint = newest_good(run, settled.scratch)
         spec = Spec(
             run_url=run.url,
@@ -155,16 +213,44 @@ def _generations(
             attempt=attempt.number,
             start_from=str(checkpoint.name) if checkpoint else None,
             identity_sha256=identity_sha256(config, settled.dataset_facts),
-            usd_before=spent_usd(run),
-            billed_since=billed_since,
+            usd_before=float(attempt.info["usd_before"]),
+            billed_since=float(attempt.info["billed_since"]),
             run_started=_run_started(run, attempt),
-            elapsed_before=float(before[-1]["elapsed_seconds"]) if before else 0.0,
+            elapsed_before=float(elapsed[-1]) if elapsed else 0.0,
         )
-        threads = max(1, settled.machine.n_cores // settled.ranks)
-        stall_seconds = 60 * config.train.stall_minutes
-        return Generation(spec, settled.ranks, threads, stall_seconds)
+        return _generation(settled, spec)
 
     return next_generation
+
+
+def _localizer(settled: Settled) -> Callable[[Spec], Generation]:
+    """Node 0's spec with this node's directories; TrainingError if its data are not ours."""
+
+    def localize(spec: Spec) -> Generation:
+        config = build(RunConfig, spec.config)
+        if identity_sha256(config, settled.dataset_facts) != spec.identity_sha256:
+            raise TrainingError(
+                f"the settings or shards of node {settled.place.node} are not those of node 0:"
+                " give every node the same command and the same data"
+            )
+        local = replace(
+            spec,
+            dataset_directory=str(settled.dataset.directory),
+            scratch=str(settled.scratch),
+        )
+        return _generation(settled, local)
+
+    return localize
+
+
+def _generation(settled: Settled, spec: Spec) -> Generation:
+    return Generation(
+        spec=spec,
+        place=settled.place,
+        ranks=settled.ranks,
+        threads_per_rank=max(1, settled.machine.n_cores // settled.ranks),
+        stall_seconds=60 * settled.config.train.stall_minutes,
+    )
 
 
 def _conclude(settled: Settled, attempt: Attempt, outcome: Outcome) -> tuple[int, str]:

@@ -1,5 +1,6 @@
 """What only rank 0 does: record, sample, save, watch the money, and notice a newer attempt."""
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from casallm.train.optim import Optimizers
 from casallm.train.progress import Progress
 from casallm.train.run import RunConfig
 from casallm.train.trainer import Interval
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,19 @@ class Leader:
     def save(self, state: TrainState, model: nn.Module, optimizers: Optimizers) -> None:
         """Stage a checkpoint of these tensors."""
         self.writer.save(state, dict(model.named_parameters()), optimizers.state())
+
+    def save_last(
+        self, state: TrainState, model: nn.Module, optimizers: Optimizers, seconds: float | None
+    ) -> None:
+        """Save and wait; a machine with `seconds` to live gives up before it dies."""
+        begin = time.monotonic()
+        if not self.writer.wait(seconds):
+            log.warning("the last checkpoint is still on its way: nothing newer was begun")
+            return
+        self.save(state, model, optimizers)
+        left = None if seconds is None else max(0.0, seconds - (time.monotonic() - begin))
+        if not self.writer.wait(left):
+            log.warning("time ran out before step %d was durable", state.step)
 
     def is_fenced(self) -> bool:
         """Whether the writer found a newer attempt."""

@@ -35,7 +35,9 @@ class Optimizers:
     """The optimizers of one model, stepped and saved as one."""
 
     def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self._names = {parameter: name for name, parameter in model.named_parameters()}
+        self._names: dict[torch.Tensor, str] = {
+            parameter: name for name, parameter in model.named_parameters()
+        }
         self._config = config
         matrices = [p for p in self._names if self._is_muon_matrix(p)]
         others = [p for p in self._names if not self._is_muon_matrix(p)]
@@ -93,7 +95,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> torch.Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), max_norm, foreach=True)
 
 
-def _build_adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.AdamW:
+def _build_adamw(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.AdamW:
     decayed = [p for p in parameters if p.ndim >= 2]
     plain = [p for p in parameters if p.ndim < 2]
     groups = [
@@ -105,7 +107,7 @@ def _build_adamw(parameters: list[nn.Parameter], config: OptimConfig) -> torch.o
     )
 
 
-def _build_muon(parameters: list[nn.Parameter], config: OptimConfig) -> torch.optim.Muon:
+def _build_muon(parameters: list[torch.Tensor], config: OptimConfig) -> torch.optim.Muon:
     return torch.optim.Muon(
         parameters,
         lr=config.lr,

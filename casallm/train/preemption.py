@@ -7,6 +7,7 @@ token, then `spot/instance-action`), GCP about 30 s ahead through `instance/pree
 
 import http.client
 import logging
+import os
 import signal
 import threading
 import time
@@ -29,7 +30,11 @@ POLL_SECONDS = 5.0
 
 AWS_NOTICE_SECONDS = 120.0
 GCP_NOTICE_SECONDS = 30.0
-METADATA_HOST = {"aws": "http://169.254.169.254", "gcp": "http://metadata.google.internal"}
+METADATA = {
+    "aws": ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://169.254.169.254"),
+    "gcp": ("GCE_METADATA_HOST", "http://metadata.google.internal"),
+}
+"""The variable by which each cloud's own libraries move its metadata server, and where it is."""
 
 
 class SignalWatch:
@@ -58,13 +63,14 @@ def watch_notices(
     cloud: Literal["aws", "gcp"],
     on_stop: Callable[[StopRequest], None],
     *,
-    host: str | None = None,
     poll_seconds: float = POLL_SECONDS,
 ) -> threading.Event:
     """Ask the cloud's metadata server in the background; set the returned event to stop asking."""
     done = threading.Event()
     ask = _aws_notice if cloud == "aws" else _gcp_notice
-    base = host or METADATA_HOST[cloud]
+    variable, usual = METADATA[cloud]
+    base = os.environ.get(variable, usual).rstrip("/")
+    base = base if "://" in base else f"http://{base}"
 
     def poll() -> None:
         while not done.wait(poll_seconds):

@@ -18,6 +18,7 @@ from casallm.errors import ConfigError
 from casallm.estimate.architecture import count_params, shape_for_params
 from casallm.storage.store import Store
 from casallm.train.machine import Machine, supports_bf16
+from casallm.train.nodes import Place
 from casallm.train.run import (
     RunConfig,
     identity_difference,
@@ -51,6 +52,7 @@ class Request:
     tokens: str | None = None
     ranks: int | None = None
     allow_changes: bool = False
+    place: Place = field(default_factory=Place)
     settings: tuple[str, ...] = field(default=())
 
 

@@ -20,8 +20,9 @@ from casallm.config import build
 from casallm.data.loader import PretrainLoader
 from casallm.data.shards import Dataset, open_dataset
 from casallm.data.tokenizer import Tokenizer
-from casallm.errors import CasallmError, CheckpointError
-from casallm.estimate.architecture import flops_per_token
+from casallm.errors import CasallmError, CheckpointError, ConfigError
+from casallm.estimate.architecture import count_params, flops_per_token
+from casallm.estimate.memory import largest_micro_batch
 from casallm.model.gpt import GPT, build_gpt
 from casallm.storage.store import open_store
 from casallm.train.attempts import CheckpointName, read_attempt
@@ -48,7 +49,7 @@ from casallm.train.trainer import Trainer
 from casallm.train.wandb_mirror import mirror_run_id, open_mirror
 
 MICRO_BATCH_TOKENS = 16_384
-"""The most of one forward pass where nothing else is said; more gains nothing on any GPU."""
+"""The most of one forward pass on a CPU, or on a GPU that is in no table."""
 
 N_PROMPTS = 3
 PROMPT_SEARCH_TOKENS = 100_000
@@ -68,6 +69,9 @@ def main(directory: str) -> int:
     except CasallmError as error:
         control.write_outcome(Outcome("failed", 0, str(error)))
         return 1
+    except torch.OutOfMemoryError as error:
+        control.write_outcome(Outcome("failed", 0, _out_of_memory(error)))
+        return 1
     except BaseException as error:  # noqa: BLE001 - the last words of a rank, whatever they are
         control.write_error(rank, error)
         return 1
@@ -86,7 +90,7 @@ def _train(spec: Spec, control: Control) -> None:
     )
     optimizers = Optimizers(model, config.optim)
     state = _load_state(spec, world, model, optimizers)
-    loader = build_loader(config, dataset, world)
+    loader = build_loader(config, dataset, machine, world)
     tokenizer = dataset.tokenizer()
     with _leader(spec, config, world, machine, model, dataset) as leader:
         trainer = Trainer(
@@ -107,13 +111,15 @@ def _train(spec: Spec, control: Control) -> None:
     leave_world(world)
 
 
-def build_loader(config: RunConfig, dataset: Dataset, world: World) -> PretrainLoader:
+def build_loader(
+    config: RunConfig, dataset: Dataset, machine: Machine, world: World
+) -> PretrainLoader:
     """The batches of the run's stage."""
     return PretrainLoader(
         dataset,
         context_length=config.train.context_length,
         global_batch_size=config.train.global_batch_size,
-        micro_batch_size=micro_batch_size(config, world),
+        micro_batch_size=micro_batch_size(config, machine, world),
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
@@ -121,16 +127,33 @@ def build_loader(config: RunConfig, dataset: Dataset, world: World) -> PretrainL
     )
 
 
-def micro_batch_size(config: RunConfig, world: World) -> int:
-    """Sequences of one forward pass: as set, else this rank's share, up to 16k tokens."""
+def micro_batch_size(config: RunConfig, machine: Machine, world: World) -> int:
+    """Sequences of one forward pass: as set, else what fits of this rank's share."""
+    if config.train.micro_batch_size:
+        return config.train.micro_batch_size
     share = -(-config.train.global_batch_size // world.size)
     most = max(1, MICRO_BATCH_TOKENS // config.train.context_length)
-    return config.train.micro_batch_size or min(share, most)
+    if machine.device_kind == "cuda" and machine.hardware:
+        most = largest_micro_batch(
+            config.model,
+            config.train.context_length,
+            machine.hardware,
+            precision=config.train.precision,
+            stack="eager" if config.train.compile == "off" else "compiled",
+        )
+        if not most:
+            raise ConfigError(
+                f"a model of {count_params(config.model):,} parameters does not fit one"
+                f" {machine.device_name}: take a smaller --params or a GPU with more memory"
+            )
+    n_micro_batches = -(-share // most)
+    return -(-share // n_micro_batches)
 
 
 def _load_state(spec: Spec, world: World, model: GPT, optimizers: Optimizers) -> TrainState:
     """Rank 0 reads and verifies the checkpoint; the others get its tensors one by one."""
-    tensors = {"model": dict(model.named_parameters()), "optim": optimizers.state()}
+    weights: dict[str, torch.Tensor] = dict(model.named_parameters())
+    moments = optimizers.state()
     state = TrainState()
     name = CheckpointName.parse(spec.start_from) if spec.start_from else None
     if name is None:
@@ -138,10 +161,9 @@ def _load_state(spec: Spec, world: World, model: GPT, optimizers: Optimizers) ->
     if world.is_leader:
         checkpoint = fetch(open_store(spec.run_url), name, Path(spec.scratch))
         with torch.no_grad():
-            state = load(checkpoint, model=tensors["model"], optimizer=tensors["optim"])
+            state = load(checkpoint, model=weights, optimizer=moments)
     with torch.no_grad():
-        for kind in tensors.values():
-            broadcast_tensors(world, kind.values())
+        broadcast_tensors(world, [*weights.values(), *moments.values()])
     return broadcast_object(world, state)
 
 
@@ -205,7 +227,6 @@ def _leader(
             ),
             elapsed_before=spec.elapsed_before,
         )
-        writer.wait()
     finally:
         writer.close()
         metrics.close()
@@ -219,6 +240,11 @@ def held_out_beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[str]:
     return [
         tokenizer.decode(tokens[start + 1 : start + 1 + PROMPT_TOKENS].tolist()) for start in starts
     ]
+
+
+def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+    said = str(error).split(". ")[0]
+    return f"the GPU ran out of memory ({said}): set train.micro_batch_size lower than it was"
 
 
 def _obey_signals(control: Control) -> None:

@@ -66,6 +66,8 @@ class TrainConfig(Config):
     """torch.compile; auto: where a probe finds it works, for runs of 200 steps or more."""
     stall_minutes: float = Field(default=10.0, gt=0)
     """A generation of ranks that takes no step for this long is restarted."""
+    notices: Literal["off", "aws", "gcp"] = "off"
+    """Whose metadata server is asked for notices of preemption; the launcher says it."""
 
 
 class EvalConfig(Config):

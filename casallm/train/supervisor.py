@@ -12,8 +12,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from casallm.train.control import (
     StopRequest,
     environment_for_child,
 )
+from casallm.train.nodes import Follower, Leader, Place
 from casallm.train.preemption import SignalWatch
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,12 @@ GRACE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Generation:
-    """What one torchrun is to do; `spec` is read by every rank."""
+    """What the ranks of one node are to do; `spec` is read by every rank."""
 
     spec: Spec
+    place: Place
     ranks: int
+    """Of this node."""
     threads_per_rank: int
     stall_seconds: float
 
@@ -56,17 +59,20 @@ class Generation:
 class Supervisor:
     """Runs generations until one finishes, stops, or fails beyond repair.
 
-    `next_spec` is asked before each generation for what its ranks are to do (it finds the
-    newest good checkpoint); `newest_step` says how far the run is safely stored.
+    `next_generation` is asked before each one for what its ranks are to do (it finds the newest
+    good checkpoint); `newest_step` says how far the run is safely stored. With a `leader` the
+    ranks of other nodes begin and end with those of this one.
     """
 
     def __init__(
         self,
-        next_generation: Callable[[Path], Generation],
+        next_generation: Callable[[], Generation],
         newest_step: Callable[[], int],
+        leader: Leader | None = None,
     ) -> None:
         self._next_generation = next_generation
         self._newest_step = newest_step
+        self._leader = leader
         self._control: Control | None = None
         self._request: StopRequest | None = None
         self._signals = SignalWatch(self.request_stop)
@@ -80,35 +86,39 @@ class Supervisor:
     def run(self) -> Outcome:
         """The outcome of the last generation; raises TrainingError when restarts are used up."""
         self._signals.install()
-        failures, stored = 0, self._newest_step()
+        failures, first = 0, self._newest_step()
+        stored = first
         while True:
             with tempfile.TemporaryDirectory(prefix="casallm-") as directory:
                 self._control = Control(Path(directory))
                 if self._request:
                     self._control.request_stop(self._request)
-                generation = self._next_generation(Path(directory))
-                outcome = self._run_generation(generation, self._control)
+                outcome = self._run_generation(self._next_generation(), self._control)
                 if outcome:
                     return outcome
-                words = _last_words(self._control)
+                words = last_words(self._control, self._leader)
                 self._control = None
             newest = self._newest_step()
             failures = failures + 1 if newest <= stored else 1
             stored = max(newest, stored)
             if self._request:
                 return Outcome("stopped", stored, f"{self._request.reason}, while ranks had failed")
+            if failures > MAX_RESTARTS and stored > first:
+                return Outcome("stopped", stored, f"ranks failed {failures} times: {words}")
             if failures > MAX_RESTARTS:
                 raise TrainingError(f"ranks failed {failures} times in a row; the last: {words}")
             log.warning("%s; starting the ranks again from step %s", words, f"{stored:,}")
 
     def _run_generation(self, generation: Generation, control: Control) -> Outcome | None:
         """How the ranks ended, or None if they died or hung and may be started again."""
-        control.write_spec(generation.spec)
-        process = _start_torchrun(generation, control.directory)
+        port = self._leader.start(generation.spec) if self._leader else None
+        process = start_torchrun(generation, control, port)
         try:
             self._watch(process, generation, control)
         finally:
-            _kill_generation(process, control)
+            end_generation(process, control)
+            if self._leader:
+                self._leader.end()
         outcome = control.outcome()
         if outcome is None and self._signals.is_impatient:
             return Outcome("failed", self._newest_step(), "stopped at once, without a save")
@@ -128,27 +138,86 @@ class Supervisor:
             if since_beat > patience and control.outcome() is None:
                 _dump_stacks(control, since_beat)
                 return
+            if self._leader and self._leader.failure() and control.outcome() is None:
+                return
 
 
-def _start_torchrun(generation: Generation, directory: Path) -> "subprocess.Popen[bytes]":
+def follow(follower: Follower, localize: Callable[[Spec], Generation]) -> int:
+    """Run the generations that node 0 orders, on a node that is not node 0; the exit code.
+
+    `localize` makes node 0's spec one for this machine.
+    """
+    ranks = _FollowedRanks(follower)
+    watch = SignalWatch(ranks.request_stop)
+    watch.install()
+    for order in follower.orders():
+        ranks.end()
+        if order["kind"] == "done":
+            return int(order["code"])
+        if order["kind"] == "start":
+            ranks.start(localize(Spec(**order["spec"])), order["port"])
+    ranks.end()
+    log.warning("node 0 is gone: this node's ranks have ended, run the same command again")
+    return EXIT_AGAIN
+
+
+class _FollowedRanks:
+    """The ranks of one node while another node decides when they begin and end."""
+
+    def __init__(self, follower: Follower) -> None:
+        self._follower = follower
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._control: Control | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._is_ending = False
+
+    def request_stop(self, request: StopRequest) -> None:
+        if self._control:
+            self._control.request_stop(request)
+
+    def start(self, generation: Generation, port: int) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="casallm-")
+        self._control = Control(Path(self._folder.name))
+        self._is_ending = False
+        self._process = start_torchrun(generation, self._control, port)
+        threading.Thread(target=self._report, args=(self._process,), daemon=True).start()
+
+    def end(self) -> None:
+        self._is_ending = True
+        if self._process and self._control and self._folder:
+            end_generation(self._process, self._control, patience_seconds=GRACE_SECONDS)
+            self._folder.cleanup()
+        self._process = self._control = self._folder = None
+
+    def _report(self, process: "subprocess.Popen[bytes]") -> None:
+        control = self._control
+        if process.wait() != 0 and control and not self._is_ending:
+            self._follower.report_failure(last_words(control))
+
+
+def start_torchrun(
+    generation: Generation, control: Control, port: int | None
+) -> "subprocess.Popen[bytes]":
     """torchrun in a session of its own, so that Ctrl-C reaches only the supervisor."""
+    control.write_spec(generation.spec)
     command = [
-        sys.executable,
-        "-m",
-        "casallm.train.generation",
-        str(directory),
-        str(generation.ranks),
-        uuid.uuid4().hex[:12],
+        *(sys.executable, "-m", "casallm.train.generation"),
+        *(str(control.directory), str(generation.ranks)),
     ]
+    place = generation.place
+    if place.n_nodes > 1:
+        command += [str(place.n_nodes), str(place.node), place.master_addr, str(port)]
     environment = environment_for_child(
         OMP_NUM_THREADS=str(generation.threads_per_rank), PYTHONUNBUFFERED="1"
     )
     return subprocess.Popen(command, env=environment, start_new_session=True)
 
 
-def _kill_generation(process: "subprocess.Popen[bytes]", control: Control) -> None:
+def end_generation(
+    process: "subprocess.Popen[bytes]", control: Control, patience_seconds: float = 0.0
+) -> None:
     """End torchrun and every rank; ranks have sessions of their own, so each is killed by name."""
-    deadline = time.monotonic() + (GRACE_SECONDS if control.outcome() else 0)
+    deadline = time.monotonic() + (GRACE_SECONDS if control.outcome() else patience_seconds)
     while process.poll() is None and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     if process.poll() is None:
@@ -173,8 +242,11 @@ def _dump_stacks(control: Control, silent_seconds: float) -> None:
         log.warning("rank %d:\n%s", rank, text.strip() or "(stopped: it could not say)")
 
 
-def _last_words(control: Control) -> str:
+def last_words(control: Control, leader: Leader | None = None) -> str:
+    """Why the ranks of this node failed, as the first of them said it, or another node's did."""
     error = control.first_error()
+    if error is None and leader and leader.failure():
+        return str(leader.failure())
     if error is None:
         return "the ranks ended without a word (killed, or out of memory)"
     rank, text = error

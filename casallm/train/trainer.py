@@ -89,6 +89,11 @@ class Observer(Protocol):
     def save(self, state: TrainState, model: nn.Module, optimizers: Optimizers) -> None:
         """Stage a checkpoint; it is written behind the training."""
 
+    def save_last(
+        self, state: TrainState, model: nn.Module, optimizers: Optimizers, seconds: float | None
+    ) -> None:
+        """Save, and return when it is durable or `seconds` are over."""
+
     def is_fenced(self) -> bool:
         """Whether another attempt leads the run by now."""
 
@@ -137,8 +142,7 @@ class Trainer:
                 self._evaluate()
             with self._clock_paused():
                 self._save_if_due()
-        with self._clock_paused():
-            self._save()
+        self._save_last(None)
         return Outcome("finished", self.state.step, self._end_reason())
 
     @property
@@ -177,7 +181,7 @@ class Trainer:
         wanted = bool(recorded[-1]) if recorded else self._wants_compile()
         if not wanted:
             return eager
-        compiled = torch.compile(eager, dynamic=False)
+        compiled: nn.Module = torch.compile(eager, dynamic=False)  # type: ignore[assignment]
         works = agree(self.world, self._probe(eager, compiled, batch))
         if not recorded or works != recorded[-1]:
             self._decide(COMPILE, works)
@@ -301,23 +305,27 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         if self.observer and self.observer.is_save_due(self.state):
-            self._save()
-
-    def _save(self) -> None:
-        """Save, unless the last gradient was not a number: it was the same on all ranks."""
-        if self.observer:
-            if self._norms:
-                norm = self._norms[-1].item()
-                self._raise_if_diverged([0.0], [norm])
+            self._raise_if_last_diverged()
             self.observer.save(self.state, self.model, self.optimizers)
+
+    def _save_last(self, seconds: float | None) -> None:
+        """Save and wait until it is durable, or until `seconds` are over."""
+        if self.observer:
+            self._raise_if_last_diverged()
+            self.observer.save_last(self.state, self.model, self.optimizers, seconds)
+
+    def _raise_if_last_diverged(self) -> None:
+        """Refuse weights that are not numbers: the last gradient was the same on all ranks."""
+        if self._norms:
+            self._raise_if_diverged([0.0], [self._norms[-1].item()])
 
     def _stop(self, flag: int) -> Outcome:
         if flag == FENCED:
             reason = "another start of this run leads it by now; this one wrote nothing more"
             return Outcome("failed", self.state.step, reason)
         self._flush()
-        self._save()
         request = self.control.stop_request()
+        self._save_last(request.seconds_left if request else None)
         return Outcome("stopped", self.state.step, request.reason if request else "a signal")
 
     def _end_reason(self) -> str:

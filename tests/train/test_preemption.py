@@ -6,7 +6,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from casallm.train.preemption import SignalWatch, watch_notices
+from casallm.train.preemption import METADATA, SignalWatch, watch_notices
 
 
 @pytest.fixture
@@ -48,10 +48,11 @@ def metadata():
 
 
 @pytest.mark.parametrize(("cloud", "seconds"), [("aws", 120.0), ("gcp", 30.0)])
-def test_a_notice_becomes_a_request_with_its_deadline(metadata, cloud, seconds):
+def test_a_notice_becomes_a_request_with_its_deadline(metadata, monkeypatch, cloud, seconds):
     handler, host = metadata
+    monkeypatch.setenv(METADATA[cloud][0], host)
     requests = []
-    done = watch_notices(cloud, requests.append, host=host, poll_seconds=0.02)
+    done = watch_notices(cloud, requests.append, poll_seconds=0.02)
     time.sleep(0.2)
     assert requests == []
 
@@ -64,9 +65,10 @@ def test_a_notice_becomes_a_request_with_its_deadline(metadata, cloud, seconds):
     assert [request.seconds_left for request in requests] == [seconds]
 
 
-def test_a_machine_without_a_metadata_server_is_left_in_peace():
+def test_a_machine_without_a_metadata_server_is_left_in_peace(monkeypatch):
+    monkeypatch.setenv(METADATA["aws"][0], "http://127.0.0.1:9")
     requests = []
-    done = watch_notices("aws", requests.append, host="http://127.0.0.1:9", poll_seconds=0.01)
+    done = watch_notices("aws", requests.append, poll_seconds=0.01)
     time.sleep(0.2)
     done.set()
 

@@ -1,0 +1,128 @@
+"""A run of the real command line, as a process of its own, on a model of 40,000 parameters."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+SETTINGS = (
+    "model.n_layers=2",
+    "model.d_model=32",
+    "model.n_heads=2",
+    "model.vocab_size=400",
+    "train.steps=24",
+    "train.context_length=32",
+    "train.global_batch_size=7",
+    "train.compile=off",
+    "checkpoint.every_steps=4",
+    "eval.every_steps=12",
+    "eval.sequences=8",
+    "log.every_steps=1",
+    "log.wandb=off",
+)
+PATIENCE_SECONDS = 240
+
+
+@dataclass(frozen=True)
+class Done:
+    """How a process ended."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+class RealRun:
+    """One run directory and the command that makes it, in the folder of its documents."""
+
+    def __init__(self, documents: Path, name: str, *, ranks: int) -> None:
+        self.folder = documents.parent
+        self.directory = self.folder / "runs" / name
+        self._command = [
+            *(sys.executable, "-m", "casallm", "pretrain", "--preset", "tiny"),
+            *("--run", name, "--data", str(documents), "--ranks", str(ranks)),
+            *SETTINGS,
+        ]
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self, *settings: str, log: str | None = None) -> "RealRun":
+        """Begin or continue the run; later settings win."""
+        self._log = self.directory.with_name(log or f"{self.directory.name}.log")
+        self._log.parent.mkdir(exist_ok=True)
+        with self._log.open("w") as file:
+            self._process = subprocess.Popen(
+                [*self._command, *settings],
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
+                start_new_session=True,
+            )
+        return self
+
+    def wait_for_exit(self) -> Done:
+        """How the process ended by itself."""
+        stdout, _ = self._process.communicate(timeout=PATIENCE_SECONDS)
+        return Done(self._process.returncode, stdout, self._log.read_text())
+
+    def wait_for_step(self, step: int) -> None:
+        """Return when the newest attempt has recorded `step`."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            assert self._process.poll() is None, self._log.read_text()
+            if self.newest_step() >= step:
+                return
+            time.sleep(0.01)
+        raise AssertionError(f"step {step} was not reached:\n{self._log.read_text()}")
+
+    def newest_step(self) -> int:
+        """The last step that the newest attempt recorded."""
+        attempts = sorted(self.directory.glob("attempts/*/attempt.json"))
+        path = attempts[-1].with_name("metrics.jsonl") if attempts else None
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the supervisor alone."""
+        self._process.send_signal(number)
+
+    def ranks(self) -> list[int]:
+        """The process ids of this run's ranks."""
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if b"casallm.train.rank" in words and self._is_ours(words):
+                found.append(int(path.parent.name))
+        return sorted(found)
+
+    def _is_ours(self, words: list[bytes]) -> bool:
+        control = Path(os.fsdecode(words[words.index(b"casallm.train.rank") + 1]))
+        try:
+            return (
+                str(self.directory.name)
+                == Path(json.loads((control / "spec.json").read_text())["run_url"]).name
+            )
+        except OSError:
+            return False
+
+    def weights(self) -> str:
+        """`weights_sha256` of the newest good checkpoint."""
+        words = [sys.executable, "-m", "casallm", "verify", str(self.directory), "--json"]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        return json.loads(done.stdout)["weights_sha256"]
+
+    def metrics(self) -> list[dict]:
+        """The merged training lines of the finished run."""
+        lines = map(json.loads, (self.directory / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if "loss" in line]
+
+    def newest_checkpoint(self) -> Path:
+        """The directory of the newest committed checkpoint."""
+        return sorted(self.directory.glob("checkpoints/*/manifest.json"))[-1].parent

@@ -1,0 +1,179 @@
+"""Real runs of three ranks, disturbed: each ends with the weights of the calm one."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+
+from tests.train.real_run import RealRun
+
+
+def test_a_calm_run_records_each_step_once_and_writes_its_report(calm):
+    assert [line["step"] for line in calm.metrics()] == list(range(1, 25))
+    assert calm.metrics()[-1]["loss"] < calm.metrics()[0]["loss"]
+    assert json.loads((calm.directory / "finished.json").read_text())["step"] == 24
+    assert "Bigram baseline" in (calm.directory / "report.md").read_text()
+
+
+def test_the_same_command_says_that_a_finished_run_is_finished(calm):
+    done = calm.start().wait_for_exit()
+
+    assert done.code == 0
+    assert done.stdout.startswith("runs/calm is finished: all 24 steps are done")
+    assert len(list(calm.directory.glob("attempts/*"))) == 1
+
+
+def test_killed_again_and_again_a_run_ends_with_the_weights_of_the_calm_one(calm, run):
+    dice = random.Random(5)
+    for step in (2, 9, 17):
+        run.start().wait_for_step(step)
+        time.sleep(dice.uniform(0, 0.3))
+        run.signal(signal.SIGKILL)
+        run.wait_for_exit()
+        deadline = time.monotonic() + 20
+        while run.ranks() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert run.ranks() == []
+
+    done = run.start().wait_for_exit()
+
+    assert done.code == 0, done.stderr
+    assert run.weights() == calm.weights()
+    assert [line["loss"] for line in run.metrics()] == [line["loss"] for line in calm.metrics()]
+
+
+def test_ctrl_c_saves_and_asks_to_be_run_again(calm, run):
+    run.start().wait_for_step(6)
+
+    run.signal(signal.SIGINT)
+    stopped = run.wait_for_exit()
+
+    assert stopped.code == 75, stopped.stderr
+    assert "is saved at step" in stopped.stdout
+    assert "the same command goes on from there" in stopped.stdout
+    finished = run.start().wait_for_exit()
+    assert finished.code == 0
+    assert run.weights() == calm.weights()
+
+
+def test_a_rank_that_dies_is_replaced_within_the_same_attempt(calm, run):
+    run.start().wait_for_step(9)
+
+    os.kill(run.ranks()[1], signal.SIGKILL)
+    done = run.wait_for_exit()
+
+    assert done.code == 0, done.stderr
+    assert "starting the ranks again from step" in done.stderr
+    assert len(list(run.directory.glob("attempts/*"))) == 1
+    assert run.weights() == calm.weights()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_older_one_used(calm, run):
+    run.start().wait_for_step(14)
+    run.signal(signal.SIGKILL)
+    run.wait_for_exit()
+    newest = run.newest_checkpoint()
+    flip_a_bit(next(newest.glob("model-*.safetensors")))
+
+    done = run.start().wait_for_exit()
+
+    assert done.code == 0
+    assert f"{newest.name} is not used, the next older one is tried" in done.stderr
+    assert "is damaged" in done.stderr
+    assert run.weights() == calm.weights()
+
+
+def test_one_rank_trains_on_the_same_sequences_as_three(calm, documents):
+    alone = RealRun(documents, "alone", ranks=1)
+
+    assert alone.start().wait_for_exit().code == 0
+
+    ours = [line["loss"] for line in alone.metrics()]
+    theirs = [line["loss"] for line in calm.metrics()]
+    assert ours == pytest.approx(theirs, rel=2e-3)  # bf16 products, summed in another order
+
+
+def test_two_nodes_make_the_weights_of_two_ranks_on_one(documents):
+    one = RealRun(documents, "one-node", ranks=2)
+    two = RealRun(documents, "two-nodes", ranks=1)
+    other = RealRun(documents, "two-nodes", ranks=1)
+    assert one.start().wait_for_exit().code == 0
+
+    two.start("--nodes", "2", "--node-rank", "0")
+    other.start("--nodes", "2", "--node-rank", "1", log="other-node.log")
+
+    assert two.wait_for_exit().code == 0
+    assert other.wait_for_exit().code == 0
+    assert two.weights() == one.weights()
+
+
+def test_a_run_with_other_settings_is_refused_field_by_field(calm):
+    done = calm.start().wait_for_exit()
+    assert done.code == 0
+    (calm.directory / "finished.json").rename(calm.directory / "finished.away")
+    try:
+        done = calm.start("optim.lr=1e-3", "train.seed=7").wait_for_exit()
+    finally:
+        (calm.directory / "finished.away").rename(calm.directory / "finished.json")
+
+    assert done.code == 1
+    assert "optim.lr: 0.002 -> 0.001; train.seed: 1337 -> 7" in done.stderr
+    assert "--allow-changes" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_noticed_and_its_generation_restarted(calm, run):
+    run.start("train.stall_minutes=0.15").wait_for_step(6)
+
+    os.kill(run.ranks()[2], signal.SIGSTOP)
+    done = run.wait_for_exit()
+
+    assert done.code == 0, done.stderr
+    assert "no step for" in done.stderr
+    assert run.weights() == calm.weights()
+
+
+@pytest.mark.slow
+def test_compiled_and_killed_a_run_ends_with_the_weights_of_a_calm_compiled_one(documents):
+    calm = RealRun(documents, "compiled-calm", ranks=3)
+    killed = RealRun(documents, "compiled-killed", ranks=3)
+    assert calm.start("train.compile=on").wait_for_exit().code == 0
+    killed.start("train.compile=on").wait_for_step(11)
+    killed.signal(signal.SIGKILL)
+    killed.wait_for_exit()
+
+    assert killed.start("train.compile=on").wait_for_exit().code == 0
+
+    assert killed.weights() == calm.weights()
+
+
+@pytest.mark.slow
+def test_a_budget_ends_the_run_annealed_and_on_budget(documents):
+    run = RealRun(documents, "budget", ranks=1)
+    settings = (
+        "train.steps=100000",
+        "budget.usd=0.5",
+        "budget.usd_per_hour=36",
+        "log.every_steps=5",
+    )
+
+    done = run.start(*settings, "checkpoint.every_steps=500").wait_for_exit()
+
+    assert done.code == 0, done.stderr
+    assert "budget or deadline" in done.stdout
+    lines = run.metrics()
+    assert lines[-1]["lr"] == pytest.approx(2e-4, rel=1e-6)
+    assert lines[-1]["usd"] <= 0.5 * 1.01 + 36 / 60
+    assert lines[-1]["usd"] >= 0.3
+    again = run.start(*settings).wait_for_exit()
+    assert again.code == 0
+
+
+def flip_a_bit(path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
