@@ -5,7 +5,6 @@ ranks, and at the end write what a finished run holds. The same request continue
 """
 
 import contextlib
-import itertools
 import logging
 import socket
 import time
@@ -20,7 +19,7 @@ from casallm.config import Tree, build, canonical_json, to_tree, to_yaml
 from casallm.data.shards import Dataset
 from casallm.errors import CheckpointError, TrainingError
 from casallm.estimate.architecture import count_params
-from casallm.evals.bigram import bigram_loss
+from casallm.evals.bigram import dataset_bigram_loss
 from casallm.storage.store import Store, open_store
 from casallm.train.attempts import Attempt, CheckpointName, attempt_numbers, read_attempt
 from casallm.train.budget import BudgetConfig
@@ -282,18 +281,10 @@ def _note(run: Store, attempt: Attempt, kind: str, **fields: Any) -> None:
 
 def _note_baseline(settled: Settled, attempt: Attempt) -> None:
     """Score a bigram model of the same tokens on the same windows: what has to be beaten."""
-    dataset, context_length = settled.dataset, settled.config.train.context_length
-    train = [dataset.shard("train", n) for n in range(len(dataset.splits["train"].shards))]
-    windows = (
-        dataset.shard("val", shard)[index * context_length :][: context_length + 1]
-        for shard, count in enumerate(dataset.window_counts("val", context_length))
-        for index in range(count)
-    )
-    baseline = bigram_loss(
-        train,
-        itertools.islice(windows, settled.config.eval.sequences),
-        settled.config.model.vocab_size,
-        token_bytes=dataset.tokenizer().token_bytes(),
+    baseline = dataset_bigram_loss(
+        settled.dataset,
+        context_length=settled.config.train.context_length,
+        n_windows=settled.config.eval.sequences,
     )
     if baseline:
         _note(settled.run, attempt, "baseline", **asdict(baseline))
