@@ -104,10 +104,13 @@ def fit(runs: Sequence[Run], names: Sequence[str], start: Constants) -> Constant
         normal = jacobian.T @ jacobian + damping * np.eye(len(x))
         moved = x - np.linalg.solve(normal, jacobian.T @ current)
         candidate = residuals(moved)
-        if candidate @ candidate < current @ current:
+        gain = 1 - candidate @ candidate / (current @ current)
+        if gain > 0:
             x, current, damping = moved, candidate, damping / 3
         else:
             damping *= 5
+        if 0 <= gain < 1e-6:
+            break
     return constants(x)
 
 

@@ -15,9 +15,10 @@ from functools import cache
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params, shape_for_params
 from casallm.estimate.cost import middle_of, price_job
-from casallm.estimate.job import Job
+from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SPREAD, Job
 from casallm.estimate.prices import Offer, hourly_price
 from casallm.estimate.scaling import BESIROGLU_2024, FINEWEB_EDU_TOKENS, optimal_split
+from casallm.estimate.throughput import Z90
 from casallm.units import format_usd
 
 GRID_RATIO = 1.25
@@ -34,6 +35,9 @@ _TYPICAL_MFU = 0.45
 
 _SAFETY = 1.02
 """On top of the spread of the bill, which varies a little with the model."""
+
+_STARTUP_MARGIN = math.exp(Z90 * math.hypot(SETUP_SPREAD, SPOT_PRICE_SPREAD))
+"""Ninetieth percentile over the median of what is paid before the first token."""
 
 MakeJob = Callable[[Offer, bool, ModelConfig, int], Job]
 
@@ -74,7 +78,7 @@ def best_model(
                 continue
             margin = margin or _margins(job)
             fixed, tokens = _affordable(job, budget_usd, deadline_hours, margin)
-            floors.append(fixed * margin[0])
+            floors.append(fixed)
             if tokens >= (1 if config else count_params(size)):
                 loss = BESIROGLU_2024.loss(count_params(size), tokens)
                 found.append(BestModel(size, tokens, loss, replace(job, tokens=tokens)))
@@ -128,12 +132,16 @@ def _margins(job: Job) -> tuple[float, float]:
 def _affordable(
     job: Job, budget_usd: float, deadline_hours: float, margin: tuple[float, float]
 ) -> tuple[float, int]:
-    """Dollars that are spent before the first token, and the tokens that the rest allows."""
+    """Dollars to be ready for before the first token, and the tokens that the rest allows.
+
+    Percentiles are added up as if everything went wrong together, which is on the safe side.
+    """
     usd_1, hours_1 = middle_of(replace(job, tokens=10**9))
     usd_2, hours_2 = middle_of(replace(job, tokens=2 * 10**9))
     fixed_usd, fixed_hours = 2 * usd_1 - usd_2, 2 * hours_1 - hours_2
-    billions = (budget_usd / margin[0] - fixed_usd) / (usd_2 - usd_1)
-    in_time = (deadline_hours / margin[1] - fixed_hours) / (hours_2 - hours_1)
+    fixed_usd, fixed_hours = fixed_usd * _STARTUP_MARGIN, fixed_hours * _STARTUP_MARGIN
+    billions = (budget_usd - fixed_usd) / (usd_2 - usd_1) / margin[0]
+    in_time = (deadline_hours - fixed_hours) / (hours_2 - hours_1) / margin[1]
     return fixed_usd, math.floor(min(min(billions, in_time) * 1e9, FINEWEB_EDU_TOKENS))
 
 

@@ -129,6 +129,8 @@ class Spread:
     """Between programs that do the same."""
     chip: float
     """For a GPU on which no published run was used."""
+    layout: float
+    """For what is chosen here and was chosen otherwise there: micro-batch, sharding, batch."""
     doubling: float
     """For every doubling of the nodes."""
     measured: float
@@ -158,7 +160,7 @@ def predict(setup: Setup, constants: Constants | None = None) -> Throughput:
     spread = load_spread()
     doublings = math.log2(setup.n_nodes)
     chip = 0.0 if setup.hardware.is_calibrated else spread.chip
-    variance = spread.system**2 + chip**2 + (spread.doubling * doublings) ** 2
+    variance = spread.system**2 + spread.layout**2 + chip**2 + (spread.doubling * doublings) ** 2
     return Throughput(step_time(setup, constants).tokens_per_second, math.sqrt(variance))
 
 

@@ -1,0 +1,222 @@
+import datetime
+import json
+
+import pytest
+
+from casallm.errors import MissingExtraError
+from casallm.estimate.answer import (
+    format_explain,
+    format_table,
+    heading,
+    notes,
+    rich_table,
+    to_json,
+)
+from casallm.estimate.architecture import NAMED_SIZES, shape_for_params
+from casallm.estimate.estimator import Estimate, EstimateRequest, estimate
+from casallm.estimate.hardware import GPUS
+from casallm.estimate.plot import plot
+from casallm.estimate.prices import load_snapshot
+from casallm.estimate.throughput import Constants, Spread
+
+DAY = datetime.date(2026, 11, 25)
+CONSTANTS = Constants(0.9, 1.0, 1.5, 0.6, 0.4, 1.0, 3e-5, 1.8, 0.9, 0.02)
+SPREAD = Spread(system=0.14, chip=0.2, layout=0.07, doubling=0.02, measured=0.02)
+
+
+WIDE = """\
+344M parameters on 10B tokens (29.1 a parameter, context 2,048): 2.67e+19 FLOP
+Recommended: aws p4d.24xlarge spot in us-east-1, $41.07 ($32.34 to $52.72) and 7.3 h; it is the
+cheapest of 4 offers that end within a week; without preemptions lambda gpu_1x_a100 costs $88.61.
+
+  machine                    where    $/h  tokens/s  MFU           hours                 dollars
+> aws p4d.24xlarge spot  us-east-1   6.29      525K  56%  7.3 (5.5-11.6)  $41.07 ($32.34-$52.72)
+  lambda gpu_1x_a100     us-east-1   1.99     66.7K  57%      42 (34-51)    $88.61 ($73.21-$107)
+  aws p4d.24xlarge       us-east-1  21.96      525K  56%   5.5 (4.5-6.6)        $123 ($101-$149)
+  aws p3.2xlarge spot    us-east-1   0.48     16.7K  36%   225 (152-379)      $138 ($96.45-$202)
+  aws p5.48xlarge        us-east-1  55.04     1.14M  39%   2.6 (2.1-3.1)        $145 ($120-$175)
+  aws p3.2xlarge         us-east-1   3.06     16.7K  36%   168 (121-231)        $521 ($376-$716)
+
+Ranges hold eight of ten runs; hours count from the first boot to the end.
+Expected loss 2.79 (2.70 to 2.90) nats a token by Chinchilla's law as refitted by Besiroglu et al.
+2024, on Chinchilla's text.
+Older articles: 2.67e+19 FLOP at 45% of 8 x 312 TFLOP/s are 6.6 h, at a p4d's $32.77/h before AWS's
+cut of 2025 $216. At $21.96/h that is $145; at the 56% MFU expected here, $123 with all else.
+Prices: test prices of 2026-11-22 (3 days old).
+"""
+
+NARROW = """\
+344M parameters on 10B tokens (29.1 a parameter, context 2,048): 2.67e+19 FLOP
+Recommended: aws p4d.24xlarge spot in us-east-1, $41.07 ($32.34 to $52.72) and
+7.3 h; it is the cheapest of 4 offers that end within a week; without
+preemptions lambda gpu_1x_a100 costs $88.61.
+
+  machine                  $/h  tokens/s           hours                 dollars
+> aws p4d.24xlarge spot   6.29      525K  7.3 (5.5-11.6)  $41.07 ($32.34-$52.72)
+  lambda gpu_1x_a100      1.99     66.7K      42 (34-51)    $88.61 ($73.21-$107)
+  aws p4d.24xlarge       21.96      525K   5.5 (4.5-6.6)        $123 ($101-$149)
+  aws p3.2xlarge spot     0.48     16.7K   225 (152-379)      $138 ($96.45-$202)
+  aws p5.48xlarge        55.04     1.14M   2.6 (2.1-3.1)        $145 ($120-$175)
+  aws p3.2xlarge          3.06     16.7K   168 (121-231)        $521 ($376-$716)
+
+Ranges hold eight of ten runs; hours count from the first boot to the end.
+Expected loss 2.79 (2.70 to 2.90) nats a token by Chinchilla's law as refitted
+by Besiroglu et al. 2024, on Chinchilla's text.
+Older articles: 2.67e+19 FLOP at 45% of 8 x 312 TFLOP/s are 6.6 h, at a p4d's
+$32.77/h before AWS's cut of 2025 $216. At $21.96/h that is $145; at the 56% MFU
+expected here, $123 with all else.
+Prices: test prices of 2026-11-22 (3 days old).
+"""
+
+EXPLAIN = """\
+aws p4d.24xlarge spot, recommended: it is the cheapest of 4 offers that end within a week; without
+          preemptions lambda gpu_1x_a100 costs $88.61.
+
+Work      344M parameters: classic, 24 layers of 1024, 16 heads, MLP 4096, vocabulary 40,960
+          2.668 GFLOP a token = 6 x matrix weights + 12 x layers x width x context
+          x 10B tokens = 2.67e+19 FLOP
+Machine   8 x A100, 312 TFLOP/s peak each, of which large products sustain 86%
+Layout    micro-batch 16 x 2048 tokens, global batch 256, recompute none; every GPU holds the whole
+          model
+Memory    30.8 GB of 42.4 GB: weights 1.38 GB, gradients 1.38 GB, optimizer 2.75 GB, activations
+          17.1 GB, logits 5.37 GB, margin 2.86 GB
+          at most 24 sequences would fit; DDP fits
+Rate      a step of 524K tokens takes 1.00 s:
+          matrix 64%, attention 26%, tail 9%, communication 1%, optimizer 1%
+          525K tokens/s (429K to 641K), 56.1% MFU
+Hours     10B / 525K tokens/s = 5.3 h of training; 7.3 h all in, goodput 94.1%
+Bill
+  training               33.29  10B tokens at 525K tokens/s x $6.29/h
+  startup                 0.84  480 s of boot, image, sync, compilation x $6.29/h (assumed)
+  evaluation              0.09  82.1M tokens forward at 3 x 525K tokens/s (presets)
+  checkpoints             0.26  a stall of 1.0 s for 4.13 GB every 2 min
+  preemptions             1.83  2.5 in all, one in 2.3 h (median of 23 traces of V100 on AWS):
+          restarts of 360 s, work done twice; 1.5 h of waiting are not billed
+  sft                     0.20  60M tokens at 525K tokens/s (default recipe)
+  data preparation        2.13  10B tokens at 1M/s on 16 cores x $0.768/h
+  disk                    0.16  256 GB x 1 x $0.08/GB-month (gp3)
+  object storage          0.78  33.8 GB for a month x $0.023/GB-month (S3)
+  requests                0.06  69 PUTs a checkpoint x $0.000005 (S3)
+  controller              1.43  7.3 h of SkyPilot's controller, and 10 min x $0.192/h (m6i.xlarge)
+  total                  41.07  $32.34 to $52.72
+"""
+
+
+@pytest.fixture
+def answer(few_prices, monkeypatch: pytest.MonkeyPatch) -> Estimate:
+    """The reference run at fixed prices and fixed constants."""
+    monkeypatch.setattr("casallm.estimate.throughput.load_constants", lambda: CONSTANTS)
+    monkeypatch.setattr("casallm.estimate.throughput.load_spread", lambda: SPREAD)
+    config = NAMED_SIZES["350m"]
+    return estimate(EstimateRequest(config=config, tokens=10**10, prices=few_prices))
+
+
+def test_the_table_reads_like_this(answer: Estimate):
+    assert format_table(answer, width=100, today=DAY) == WIDE.rstrip("\n")
+
+
+def test_a_narrow_table_leaves_columns_out(answer: Estimate):
+    assert format_table(answer, width=80, today=DAY) == NARROW.rstrip("\n")
+
+
+def test_the_arithmetic_reads_like_this(answer: Estimate):
+    assert format_explain(answer) == EXPLAIN.rstrip("\n")
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_no_line_is_longer_than_the_width(answer: Estimate, width: int):
+    wide = [line for line in format_table(answer, width=width).split("\n") if len(line) > width]
+
+    assert width < 80 or not wide
+
+
+def test_the_old_fifteen_hundred_dollars_are_explained():
+    config = shape_for_params(1_200_000_000)
+    answer = estimate(EstimateRequest(config=config, tokens=24 * 10**9, prices=load_snapshot()))
+
+    (old,) = [note for note in notes(answer, today=DAY) if note.startswith("Older articles")]
+
+    assert "at 45% of 8 x 312 TFLOP/s are 46.7 h, at a p4d's $32.77/h" in old
+    assert "before AWS's cut of 2025 $1,531. At $21.96/h that is $1,025" in old
+    assert "aws p4d.24xlarge  " in format_table(answer, today=DAY)
+
+
+def test_old_prices_are_called_old(answer: Estimate):
+    text = format_table(answer, today=datetime.date(2027, 3, 1))
+
+    assert "(99 days old): old, look again before spending" in text
+
+
+def test_rich_shows_the_same_cells(answer: Estimate):
+    table = rich_table(answer, width=100)
+
+    assert [column.header for column in table.columns][1:] == [
+        "where", "$/h", "tokens/s", "MFU", "hours", "dollars",
+    ]  # fmt: skip
+    assert table.row_count == len(answer.offers)
+    assert heading(answer).startswith("344M parameters on 10B tokens")
+
+
+def test_json_has_the_promised_keys(answer: Estimate):
+    tree = json.loads(json.dumps(to_json(answer)))
+    first = tree["offers"][tree["recommended"]]
+
+    assert tree.keys() >= {
+        "params", "tokens", "flops_per_token", "total_flops", "offers", "recommended",
+        "prices_as_of",
+    }  # fmt: skip
+    assert first.keys() >= {
+        "cloud", "region", "instance", "gpu", "gpus", "nodes", "spot", "usd_per_hour",
+        "tokens_per_second", "mfu", "hours", "usd", "items",
+    }  # fmt: skip
+    assert tree["params"] == 344_180_736
+    assert tree["prices_as_of"] == "2026-11-22"
+    for name in ("tokens_per_second", "hours", "usd"):
+        assert first[name]["p10"] < first[name]["p50"] < first[name]["p90"]
+    assert round(sum(first["items"].values()), 2) == first["usd"]["p50"]
+
+
+def test_json_rate_is_of_the_whole_job():
+    config = NAMED_SIZES["350m"]
+    one = {"hardware": GPUS["H100"], "n_gpus": 8, "usd_per_gpu_hour": 2.0, "config": config}
+
+    alone = to_json(estimate(EstimateRequest(**one)))["offers"][0]
+    four = to_json(estimate(EstimateRequest(n_nodes=4, **one)))["offers"][0]
+
+    assert four["nodes"] == 4
+    assert 3 < four["tokens_per_second"]["p50"] / alone["tokens_per_second"]["p50"] < 4
+    assert four["usd_per_hour"] == 64
+
+
+def test_a_sharded_model_says_that_casallm_cannot():
+    request = EstimateRequest(
+        config=NAMED_SIZES["13b"], hardware=GPUS["H100"], n_gpus=8, usd_per_gpu_hour=2.0
+    )
+    answer = estimate(request)
+
+    assert any("sharded over the GPUs" in note for note in notes(answer))
+    assert not to_json(answer)["offers"][0]["fits_ddp"]
+
+
+def test_more_than_fineweb_edu_is_said(few_prices):
+    request = EstimateRequest(config=NAMED_SIZES["124m"], tokens=2 * 10**12, prices=few_prices)
+
+    assert any("more than FineWeb-Edu's 1.3T" in note for note in notes(estimate(request)))
+
+
+def test_the_plot_is_a_picture(answer: Estimate, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "cost.png"
+
+    plot(answer, path)
+
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_plot_says_what_to_install(
+    answer: Estimate, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+
+    with pytest.raises(MissingExtraError, match=r"casallm\[train\]"):
+        plot(answer, tmp_path / "cost.png")

@@ -1,0 +1,174 @@
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from casallm.errors import ConfigError
+from casallm.estimate import inverse
+from casallm.estimate.architecture import NAMED_SIZES, ModelConfig, shape_for_params
+from casallm.estimate.estimator import Estimate, EstimateRequest, estimate
+from casallm.estimate.hardware import GPUS
+from casallm.estimate.layout import Wishes
+from casallm.estimate.prices import Prices, load_snapshot
+from casallm.estimate.scaling import BESIROGLU_2024
+
+NODE = {"hardware": GPUS["A100-80GB"], "n_gpus": 8, "usd_per_gpu_hour": 1.75}
+
+
+def ask(config: ModelConfig | str | None, prices: Prices | None = None, **changes) -> Estimate:
+    named = NAMED_SIZES[config] if isinstance(config, str) else config
+    return estimate(EstimateRequest(config=named, prices=prices, **changes))
+
+
+def loss_of(answer: Estimate) -> float:
+    return BESIROGLU_2024.loss(answer.n_params, answer.tokens)
+
+
+def test_the_recommended_offer_is_the_cheapest_that_ends_in_time(few_prices):
+    answer = ask("350m", few_prices)
+    usd = [each.bill.usd.p50 for each in answer.offers]
+
+    assert answer.offers[0].name == "aws p4d.24xlarge spot"
+    assert usd[0] == min(usd)
+    assert usd[1:] == sorted(usd[1:])
+    assert "cheapest of" in answer.reason
+    assert "without preemptions lambda gpu_1x_a100 costs" in answer.reason
+
+
+def test_a_deadline_excludes_what_is_too_slow(few_prices):
+    answer = ask("350m", few_prices, deadline_hours=4, tokens=10**10)
+
+    assert answer.offers[0].name == "aws p5.48xlarge"
+    assert answer.offers[0].bill.hours.p90 <= 4
+
+
+def test_when_nothing_is_fast_enough_the_fastest_is_named(few_prices):
+    answer = ask("350m", few_prices, deadline_hours=0.5, tokens=10**10)
+
+    assert answer.offers[0].name == "aws p5.48xlarge"
+    assert answer.reason.startswith("no offer surely ends within")
+
+
+def test_offers_that_do_not_hold_the_model_are_counted(few_prices):
+    answer = ask("1.3b", few_prices)
+
+    assert answer.too_small == 2
+    assert all(each.is_ddp for each in answer.offers)
+
+
+def test_a_machine_with_its_price_needs_no_list():
+    answer = ask("1.3b", tokens=26 * 10**9, n_nodes=16, wishes=Wishes(stack="eager"), **NODE)
+    (only,) = answer.offers
+
+    assert only.job.usd_per_hour == pytest.approx(128 * 1.75)
+    assert only.bill.usd.p50 == pytest.approx(only.bill.hours.p50 * 128 * 1.75, rel=1e-3)
+    assert answer.prices.source == "price given"
+
+
+def test_a_measured_rate_narrows_the_range():
+    guessed = ask("350m", **NODE).offers[0].bill.usd
+    measured = ask("350m", measured_tokens_per_second=400_000, **NODE).offers[0]
+
+    assert measured.job.rate.p50 == 400_000
+    ratio = measured.bill.usd.p90 / measured.bill.usd.p10
+    assert ratio < 1.1 < guessed.p90 / guessed.p10
+
+
+def test_spot_and_on_demand_can_be_asked_for_alone(few_prices):
+    assert all(e.job.is_spot for e in ask("350m", few_prices, is_spot=True).offers)
+    assert not any(e.job.is_spot for e in ask("350m", few_prices, is_spot=False).offers)
+
+
+def test_work_is_counted_for_the_context(few_prices):
+    answer = ask("350m", few_prices, tokens=10**10)
+
+    assert answer.flops_per_token == pytest.approx(2.668e9, rel=1e-3)
+    assert answer.total_flops == answer.flops_per_token * 10**10
+
+
+@given(budget=st.floats(2, 2000), more=st.floats(1, 4))
+@settings(max_examples=12, deadline=None)
+def test_more_budget_never_gives_a_worse_model(budget: float, more: float):
+    snapshot = load_snapshot()
+    p4d = tuple(o for o in snapshot.offers if o.instance in ("p4d.24xlarge", "p5.4xlarge"))
+    prices = replace(snapshot, offers=p4d)
+
+    small = ask(None, prices, budget_usd=budget)
+    large = ask(None, prices, budget_usd=budget * more)
+
+    assert loss_of(large) <= loss_of(small) + 1e-12
+
+
+@pytest.mark.parametrize("budget", [3, 30, 300, 3000])
+def test_a_budget_holds_in_nine_of_ten_runs_and_is_used(few_prices, budget: float):
+    best = ask(None, few_prices, budget_usd=budget).offers[0].bill.usd
+
+    assert best.p90 <= budget
+    assert best.p90 >= 0.85 * budget
+
+
+def test_a_deadline_bounds_what_a_budget_buys(few_prices):
+    answer = ask(None, few_prices, budget_usd=1000, deadline_hours=24)
+
+    assert answer.offers[0].bill.hours.p90 <= 24
+    assert loss_of(answer) >= loss_of(ask(None, few_prices, budget_usd=1000))
+
+
+def test_a_budget_for_a_given_size_finds_the_tokens(few_prices):
+    answer = ask("350m", few_prices, budget_usd=50)
+
+    assert answer.config == NAMED_SIZES["350m"]
+    assert 40 < answer.offers[0].bill.usd.p90 <= 50
+
+
+def test_no_size_of_the_grid_beats_the_one_found(few_prices):
+    """Against trying every size of the grid on every offer."""
+    request = EstimateRequest(budget_usd=40, prices=few_prices)
+    found = estimate(request)
+    losses = []
+    for step in range(12, 34):
+        try:
+            sized = replace(request, config=shape_for_params(inverse.grid_size(step)))
+            losses.append(loss_of(estimate(sized)))
+        except ConfigError:
+            continue
+
+    assert loss_of(found) <= min(losses) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"config": None}, "no model is named"),
+        ({"config": None, "budget_usd": 0.01}, r"a budget of \$0\.010 buys no model"),
+        ({"tokens": 10**14}, "more than there are"),
+        ({"usd_per_gpu_hour": 2.0}, "needs the machine"),
+        ({"measured_tokens_per_second": 5.0}, "belongs to one machine"),
+        ({"context_length": 0}, "must be positive"),
+        ({"n_nodes": 0}, "must be positive"),
+        ({"cloud": "azur"}, "cloud 'azur'"),
+        ({"cloud": "lambda", "is_spot": True}, "no spot price is known"),
+        ({"config": NAMED_SIZES["175b"]}, "does not fit"),
+        ({"config": NAMED_SIZES["175b"], "budget_usd": 100.0}, "no machine of the price list"),
+    ],
+)
+def test_nonsense_gets_a_sentence(few_prices, changes: dict, sentence: str):
+    request = EstimateRequest(**{"config": NAMED_SIZES["350m"], "prices": few_prices} | changes)
+
+    with pytest.raises(ConfigError, match=sentence):
+        estimate(request)
+
+
+def test_the_same_request_gives_the_same_cents(few_prices):
+    assert ask("350m", few_prices).offers == ask("350m", few_prices).offers
+
+
+def test_every_named_size_has_an_estimate():
+    for name, config in NAMED_SIZES.items():
+        if name == "175b":
+            continue
+        answer = ask(config, load_snapshot(), hardware=GPUS["B200"], n_nodes=2)
+
+        assert math.isfinite(answer.offers[0].bill.usd.p90)

@@ -1,0 +1,76 @@
+import pytest
+
+from casallm.errors import ConfigError
+from casallm.estimate.architecture import NAMED_SIZES, shape_for_params
+from casallm.estimate.hardware import GPUS
+from casallm.estimate.layout import (
+    Wishes,
+    default_batch_tokens,
+    fits_ddp,
+    most_sequences,
+    plan_layout,
+)
+
+
+def plan(name: str, gpu: str, n_gpus: int = 8, context: int = 2048, n_nodes: int = 1, **wishes):
+    return plan_layout(
+        NAMED_SIZES[name],
+        context,
+        GPUS[gpu],
+        gpus_per_node=n_gpus,
+        n_nodes=n_nodes,
+        wishes=Wishes(**wishes),
+    )
+
+
+@pytest.mark.parametrize(
+    ("n_params", "tokens"), [(124e6, 2**19), (350e6, 2**19), (1.2e9, 2**20), (7e9, 2**21)]
+)
+def test_the_batch_grows_with_the_model(n_params: float, tokens: int):
+    assert default_batch_tokens(int(n_params)) == tokens
+
+
+def test_what_is_chosen_fits():
+    for name in ("124m", "350m", "1.3b", "6.7b"):
+        setup = plan(name, "A100")
+
+        assert setup.micro_batch_size <= most_sequences(setup)
+        assert setup.micro_batch_size * setup.n_gpus <= setup.global_batch_size
+
+
+def test_ddp_is_taken_while_the_model_fits():
+    assert plan("1.3b", "A100-80GB").sharding == "ddp"
+    assert plan("13b", "A100-80GB").sharding == "fsdp"
+    assert not fits_ddp(plan("13b", "A100-80GB"))
+
+
+def test_wishes_are_obeyed():
+    setup = plan("350m", "H100", micro_batch_size=6, recompute="full", precision="fp8")
+
+    assert (setup.micro_batch_size, setup.recompute, setup.precision) == (6, "full", "fp8")
+
+
+def test_many_gpus_enlarge_the_batch():
+    assert plan("124m", "H100", n_nodes=64).global_batch_size * 2048 >= 512 * 16_384
+
+
+def test_one_gpu_shards_nothing():
+    with pytest.raises(ConfigError, match=r"a 12\.8B model .* does not fit 1 x A100 of 42\.4 GB"):
+        plan("13b", "A100", 1)
+
+
+def test_a_micro_batch_that_does_not_fit_gets_the_largest_that_does():
+    with pytest.raises(ConfigError, match=r"4096 sequences .* the most that fit a GPU are \d+"):
+        plan("350m", "A100", micro_batch_size=4096)
+
+
+def test_fp8_needs_a_gpu_that_has_it():
+    with pytest.raises(ConfigError, match="A100 has no fp8"):
+        plan("350m", "A100", precision="fp8")
+
+
+def test_every_size_up_to_a_billion_fits_one_h100():
+    for size in (10**6, 10**7, 10**8, 10**9):
+        config = shape_for_params(size)
+
+        assert plan_layout(config, 1024, GPUS["H100"], gpus_per_node=1).sharding == "ddp"

@@ -1,0 +1,160 @@
+import csv
+import datetime
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from casallm.errors import ConfigError
+from casallm.estimate import prices
+from casallm.estimate.hardware import GPUS
+from casallm.estimate.prices import (
+    cheapest_regions,
+    choose_offers,
+    load_prices,
+    load_snapshot,
+    market_spot_price,
+    parse_catalog,
+)
+
+HEADER = (
+    "InstanceType,AcceleratorName,AcceleratorCount,Price,SpotPrice,Region,AvailabilityZone,GpuInfo"
+)
+
+
+def parse(cloud: str, *rows: str):
+    return parse_catalog(cloud, csv.DictReader(io.StringIO("\n".join([HEADER, *rows]))))
+
+
+@pytest.mark.parametrize(
+    ("spot", "on_demand"), [(0.0, 3.06), (None, 3.06), (16.936, 16.936), (1.6936, 16.936)]
+)
+def test_a_placeholder_is_unknown_and_not_cheap(spot, on_demand):
+    assert market_spot_price(spot, on_demand) is None
+
+
+def test_a_market_price_is_kept():
+    assert market_spot_price(6.29, 21.96) == 6.29
+    assert market_spot_price(17.48, None) == 17.48
+
+
+def test_zones_of_a_region_become_its_cheapest():
+    (offer,) = parse(
+        "aws",
+        "p4d.24xlarge,A100,8.0,21.95764,8.11,us-east-1,use1-az2,",
+        "p4d.24xlarge,A100,8.0,21.95764,6.29,us-east-1,use1-az1,",
+        "p4d.24xlarge,A100,8.0,21.95764,2.195764,us-east-1,use1-az3,",
+        "p4d.24xlarge,A100,8.0,21.95764,,us-east-1,use1-az4,",
+    )
+
+    assert (offer.spot, offer.zone, offer.on_demand) == (6.29, "use1-az1", 21.95764)
+    assert offer.hardware is GPUS["A100"]
+
+
+def test_rows_that_offer_nothing_known_are_left_out():
+    assert not parse(
+        "aws",
+        "m6i.large,,,0.096,0.04,us-east-1,use1-az1,",
+        "trn1.2xlarge,Trainium,1.0,1.34,0.4,us-east-1,use1-az1,",
+        "p5e.48xlarge,H200,8.0,,,us-east-2,use2-az1,",
+    )
+
+
+def test_a_tenth_of_the_sister_machines_price_is_a_placeholder_too():
+    offers = parse(
+        "aws",
+        "p5e.48xlarge,H200,8.0,,8.7348,ap-southeast-3,apse3-az1,",
+        "p5en.48xlarge,H200,8.0,87.34848,8.7348,ap-southeast-3,apse3-az2,",
+    )
+
+    assert [offer.spot for offer in offers] == [None, None]
+
+
+def test_gcp_adds_the_gpus_to_the_machine():
+    (offer,) = parse(
+        "gcp",
+        "a2-highgpu-8g,,,7.0,3.0,us-central1,us-central1-a,",
+        ",A100,8.0,20.0,9.0,us-central1,us-central1-a,",
+    )
+
+    assert (offer.instance, offer.on_demand, offer.spot) == ("a2-highgpu-8g", 27.0, 12.0)
+
+
+def test_cards_on_pcie_are_told_apart():
+    info = "{'Gpus': [{'Name': 'A100 PCIe'}]}"
+    (offer,) = parse("runpod", f'1x_A100-80GB_SECURE,A100-80GB,1.0,1.39,1.39,US,US-KS-2,"{info}"')
+
+    assert offer.hardware.name == "A100-80GB-PCIE"
+    assert offer.spot is None
+
+
+def test_the_users_catalog_comes_before_the_snapshot(tmp_path: Path):
+    folder = tmp_path / ".sky" / "catalogs"
+    for schema, price in (("v7", 99.0), ("v8", 12.5)):
+        (folder / schema / "aws").mkdir(parents=True)
+        row = f"p4d.24xlarge,A100,8.0,{price},,us-east-1,use1-az1,"
+        (folder / schema / "aws" / "vms.csv").write_text(f"{HEADER}\n{row}\n")
+
+    found = load_prices(tmp_path)
+
+    assert found.source == "SkyPilot catalog"
+    assert [offer.on_demand for offer in found.offers] == [12.5]
+
+
+def test_without_a_catalog_the_snapshot_answers(tmp_path: Path):
+    assert load_prices(tmp_path) == load_snapshot()
+
+
+def test_the_snapshot_knows_its_day_and_its_sources():
+    snapshot = load_snapshot()
+    text = Path(prices.__file__).with_name("prices.json").read_text("utf-8")
+
+    assert snapshot.as_of == datetime.date(2026, 11, 22)
+    assert snapshot.age_days(datetime.date(2026, 12, 2)) == 10
+    assert "skypilot-catalog" in json.loads(text)["sources"][0]
+
+
+@pytest.mark.parametrize(
+    ("instance", "region", "on_demand"),
+    [
+        ("p4d.24xlarge", "us-east-1", 21.96),
+        ("p4de.24xlarge", "us-east-1", 27.45),
+        ("p5.48xlarge", "us-east-1", 55.04),
+        ("gpu_8x_h100_sxm5", "us-east-1", 31.92),
+        ("1x_A100-80GB_SECURE", "US", 1.39),
+    ],
+)
+def test_the_snapshot_has_the_prices_of_the_facts(instance, region, on_demand):
+    offers = [o for o in load_snapshot().offers if (o.instance, o.region) == (instance, region)]
+
+    assert [round(offer.on_demand or 0, 2) for offer in offers] == [on_demand]
+
+
+def test_the_snapshot_is_the_shared_catalog(shared_data: Path):
+    catalog = prices.read_catalog(shared_data / "skypilot-catalog")
+    assert catalog is not None
+    snapshot = set(load_snapshot().offers)
+
+    assert set(catalog.offers) <= snapshot
+    assert {offer.cloud for offer in snapshot - set(catalog.offers)} == {"lambda", "nebius"}
+
+
+def test_each_machine_is_offered_where_it_is_cheapest():
+    best = {
+        (offer.instance, is_spot): offer.region
+        for offer, is_spot in cheapest_regions(load_snapshot().offers)
+    }
+
+    assert best["p4d.24xlarge", True] == "ap-south-1"
+    assert best["p4d.24xlarge", False].startswith("us-")
+    assert ("gpu_8x_a100", True) not in best
+
+
+def test_nothing_that_matches_is_a_sentence(few_prices):
+    with pytest.raises(ConfigError, match="cloud 'awz', did you mean aws"):
+        choose_offers(few_prices, cloud="awz")
+    with pytest.raises(ConfigError, match="region 'us-est-1', did you mean us-east-1"):
+        choose_offers(few_prices, region="us-est-1")
+    with pytest.raises(ConfigError, match=r"no price is known for 2xA100 .*--price-per-gpu-hour"):
+        choose_offers(few_prices, hardware=GPUS["A100"], n_gpus=2)

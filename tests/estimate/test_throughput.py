@@ -1,0 +1,96 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from casallm.errors import ConfigError
+from casallm.estimate import throughput
+from casallm.estimate.architecture import NAMED_SIZES
+from casallm.estimate.hardware import GPUS
+from casallm.estimate.throughput import Setup, measured, predict, step_time
+
+
+def setup(**changes) -> Setup:
+    usual = Setup(
+        config=NAMED_SIZES["350m"],
+        context_length=2048,
+        hardware=GPUS["A100-80GB"],
+        micro_batch_size=16,
+        global_batch_size=256,
+        gpus_per_node=8,
+    )
+    return replace(usual, **changes)
+
+
+def rate(**changes) -> float:
+    return step_time(setup(**changes)).tokens_per_second
+
+
+def test_the_reference_model_runs_near_what_others_measured():
+    """llm.c reaches 62 % on an A100 at this size, our own target is 60 %."""
+    mfu = throughput.mfu(rate(), setup())
+
+    assert 0.5 < mfu < 0.7
+
+
+def test_parts_add_up_to_the_step():
+    time = step_time(setup())
+    parts = (time.matrix, time.attention, time.tail, time.communication, time.optimizer)
+
+    assert time.seconds == pytest.approx(sum(parts))
+    assert time.tokens == 256 * 2048
+
+
+def test_what_ought_to_be_faster_is_faster():
+    assert rate(stack="compiled") > rate(stack="eager")
+    assert rate(recompute="none") > rate(recompute="selective") > rate(recompute="full")
+    assert rate(hardware=GPUS["H100"], precision="fp8") > rate(hardware=GPUS["H100"])
+    assert rate(hardware=GPUS["H200"]) > rate(hardware=GPUS["H100"]) > rate()
+    assert rate(context_length=1024) > rate() > rate(context_length=4096)
+    assert rate(node_bandwidth=200e9, n_nodes=2) > rate(node_bandwidth=5e9, n_nodes=2)
+    assert rate(precision="fp32") < rate()
+
+
+def test_more_gpus_are_faster_but_not_more_than_in_proportion():
+    one, eight = rate(gpus_per_node=1), rate(gpus_per_node=8)
+    sixteen = rate(gpus_per_node=8, n_nodes=2)
+
+    assert 0.9 * 8 * one < eight <= 8 * one
+    assert eight < sixteen <= 2 * eight
+
+
+def test_wider_models_use_a_gpu_better():
+    narrow = throughput.mfu(rate(config=NAMED_SIZES["124m"]), setup(config=NAMED_SIZES["124m"]))
+    wide = throughput.mfu(rate(config=NAMED_SIZES["6.7b"]), setup(config=NAMED_SIZES["6.7b"]))
+
+    assert wide > narrow
+
+
+def test_a_tiny_model_waits_for_the_host():
+    config = NAMED_SIZES["tiny"]
+    small = step_time(setup(config=config, micro_batch_size=1, context_length=128))
+
+    assert small.seconds > config.n_layers * throughput.LAUNCH_SECONDS["compiled"]
+
+
+def test_the_interval_is_wider_where_less_is_known():
+    known, unknown = predict(setup()), predict(setup(hardware=GPUS["L4"]))
+    far = predict(setup(n_nodes=16))
+
+    assert known.p10 < known.p50 < known.p90
+    assert unknown.sigma > known.sigma
+    assert far.sigma > known.sigma
+    assert known.p90 / known.p50 == pytest.approx(known.p50 / known.p10)
+
+
+def test_a_measured_rate_replaces_the_prediction():
+    own = measured(70_000)
+
+    assert own.p50 == 70_000
+    assert own.sigma < predict(setup()).sigma / 4
+
+
+@pytest.mark.parametrize("nonsense", [0, -1, math.nan, math.inf])
+def test_a_measured_rate_that_is_none_is_refused(nonsense: float):
+    with pytest.raises(ConfigError, match="must be positive"):
+        measured(nonsense)
