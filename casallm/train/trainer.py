@@ -286,13 +286,16 @@ class Trainer:
             self._proposed_end = end or 0
 
     def _raise_if_diverged(self, losses: list[float], norms: list[float]) -> None:
-        for k, (loss, norm) in enumerate(zip(losses, norms, strict=True)):
+        first = self.state.step - len(losses) + 1
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), first):
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise TrainingError(
-                    f"the loss is {loss} and the gradient norm {norm} at step"
-                    f" {self.state.step - len(losses) + k + 1}: start a run of another name with a"
-                    f" lower optim.lr (now {self.config.optim.lr:g}) or train.precision=fp32"
-                )
+                raise self._divergence(f"the loss is {loss} and the gradient norm {norm}", step)
+
+    def _divergence(self, what: str, step: int) -> TrainingError:
+        return TrainingError(
+            f"{what} at step {step:,}: start a run of another name with a lower optim.lr (now"
+            f" {self.config.optim.lr:g}) or train.precision=fp32"
+        )
 
     def _evaluate(self) -> None:
         self._flush()
@@ -316,8 +319,9 @@ class Trainer:
 
     def _raise_if_last_diverged(self) -> None:
         """Refuse weights that are not numbers: the last gradient was the same on all ranks."""
-        if self._norms:
-            self._raise_if_diverged([0.0], [self._norms[-1].item()])
+        norm = self._norms[-1].item() if self._norms else 0.0
+        if not math.isfinite(norm):
+            raise self._divergence(f"the gradient norm is {norm}", self.state.step)
 
     def _stop(self, flag: int) -> Outcome:
         if flag == FENCED:

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.conftest import make_texts, write_documents
+from tests.data.conftest import make_texts, prepared, texts, write_documents
 from tests.train.real_run import RealRun
+
+__all__ = ["calm", "documents", "prepared", "run", "texts"]
 
 
 @pytest.fixture(scope="session")
