@@ -55,15 +55,20 @@ class KVCache:
         assert end <= self.context_length
         assert len(set(slots)) == len(slots)
         device = self.k_LNHSK.device
-        steps_T = torch.arange(n_tokens, device=device)
-        positions_BT = torch.tensor(starts, device=device)[:, None] + steps_T
+        slots_B = torch.tensor(slots, device=device)
+        positions_BT = torch.tensor(starts, device=device)[:, None] + torch.arange(
+            n_tokens, device=device
+        )
         is_plain = len(set(starts)) == 1 and (n_tokens == 1 or end == n_tokens)
-        mask = None if is_plain else torch.arange(end, device=device) <= positions_BT[..., None]
+        seen_BTS = torch.arange(end, device=device) <= positions_BT[..., None]
+        is_adjacent = list(slots) == list(range(slots[0], slots[0] + len(slots)))
         return CacheRows(
             cache=self,
             slots=tuple(slots),
+            slots_B=slots_B,
+            index=slice(slots[0], slots[0] + len(slots)) if is_adjacent else slots_B,
             positions_BT=positions_BT,
-            mask_B1TS=None if mask is None else mask[:, None],
+            mask_B1TS=None if is_plain else seen_BTS[:, None],
             end=end,
         )
 
@@ -74,6 +79,10 @@ class CacheRows:
 
     cache: KVCache
     slots: tuple[int, ...]
+    slots_B: Tensor
+    """The same, where the cache is."""
+    index: slice | Tensor
+    """The slots to read: a slice where they are adjacent, which copies nothing."""
     positions_BT: Tensor
     """Where the new tokens stand in their conversations."""
     mask_B1TS: Tensor | None
@@ -94,11 +103,7 @@ class CacheRows:
             self.cache.lengths[slot] += self.positions_BT.shape[1]
 
     def _write_and_read(self, kept_NHSK: Tensor, new_BHTK: Tensor) -> Tensor:
-        first, n_rows = self.slots[0], len(self.slots)
-        slots_B = torch.tensor(self.slots, device=kept_NHSK.device)
         # Two index tensors with a slice between them put their axes first: (B, T, H, K).
         new_BTHK = new_BHTK.transpose(1, 2).to(kept_NHSK.dtype)
-        kept_NHSK[slots_B[:, None], :, self.positions_BT] = new_BTHK
-        if self.slots == tuple(range(first, first + n_rows)):
-            return kept_NHSK[first : first + n_rows, :, : self.end]  # a view: nothing is copied
-        return kept_NHSK[slots_B, :, : self.end]
+        kept_NHSK[self.slots_B[:, None], :, self.positions_BT] = new_BTHK
+        return kept_NHSK[self.index, :, : self.end]

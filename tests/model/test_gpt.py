@@ -167,8 +167,10 @@ def test_modern_blocks_start_as_the_identity():
     embedded = model.embedding(tokens_BT)
 
     assert torch.equal(model.hidden(tokens_BT), model.final_norm(embedded))
-    for weight in (model.embedding.weight, model.head.weight, model.blocks[2].mlp.gate.weight):
+    for weight in (model.embedding.weight, model.head.weight):
         assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    for weight in (model.blocks[0].attention.v.weight, model.blocks[2].mlp.gate.weight):
+        assert weight.std().item() == pytest.approx(64**-0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("family", ["classic", "modern"])
@@ -256,7 +258,8 @@ def test_compiled_losses_and_gradients_are_those_of_the_plain_model(model, token
         )
 
     (plain, plain_grads), (fast, fast_grads) = results
-    tolerance = 2e-2 if is_autocast else 1e-5
+    # bf16 keeps 8 bits, and the compiler rounds to it in fewer places.
+    tolerance = 5e-2 if is_autocast else 1e-5
     assert fast.item() == pytest.approx(plain.item(), rel=tolerance)
     for name, gradient in plain_grads.items():
         assert (fast_grads[name] - gradient).norm() < tolerance * gradient.norm(), name
