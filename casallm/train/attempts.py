@@ -96,13 +96,13 @@ class Chain:
 
 
 def claim(
-    run: Store, *, parent: CheckpointName | None, after: Attempt | None = None, **info: Any
+    run: Store, *, parent: CheckpointName | None, number: int | None = None, **info: Any
 ) -> Attempt:
     """The run's next attempt, starting from `parent`; AttemptError if another start won it.
 
-    With `after`, the attempt that follows that one and no later.
+    With `number`, that attempt and no later one.
     """
-    number = 1 + (after.number if after else max(attempt_numbers(run), default=0))
+    number = number or next_number(run)
     record = {
         **info,
         "format": "casallm-attempt",
@@ -154,6 +154,11 @@ def attempt_numbers(run: Store) -> list[int]:
     return sorted(int(match[1]) for match in matches if match)
 
 
+def next_number(run: Store) -> int:
+    """The number that the next start will try to claim."""
+    return max(attempt_numbers(run), default=0) + 1
+
+
 def read_attempt(run: Store, number: int) -> Attempt | None:
     """Attempt `number`; None if it left nothing that can be read and no checkpoint.
 
@@ -175,9 +180,14 @@ def read_attempt(run: Store, number: int) -> Attempt | None:
 def read_chain(run: Store, *, before: int | None = None) -> Chain:
     """The history from the newest attempt back; empty for a run that was never started.
 
-    With `before`, from the newest attempt that is older than that one.
+    With `before`, the history that attempt `before` continues: an older attempt that committed
+    nothing left none, though it may have claimed to start from an older state than there is.
     """
-    attempt = _newest_readable(run, before)
+    numbers = attempt_numbers(run)
+    if before is not None:
+        authors = {name.attempt for name in list_committed(run)}
+        numbers = [number for number in numbers if number < before and number in authors]
+    attempt = _newest_readable(run, numbers)
     if attempt is None:
         return Chain(())
     links = [Link(attempt, None)]
@@ -197,8 +207,7 @@ def _directory(number: int) -> str:
     return f"attempts/{number:06d}"
 
 
-def _newest_readable(run: Store, before: int | None) -> Attempt | None:
-    numbers = [n for n in attempt_numbers(run) if before is None or n < before]
+def _newest_readable(run: Store, numbers: list[int]) -> Attempt | None:
     for number in reversed(numbers):
         attempt = read_attempt(run, number)
         if attempt is not None:

@@ -22,7 +22,13 @@ from casallm.errors import CheckpointError, StoreDamagedError, StoreError, Store
 from casallm.storage.entry import digest_file
 from casallm.storage.local import free_bytes
 from casallm.storage.store import Store
-from casallm.train.attempts import CheckpointName, attempt_numbers, list_committed, read_chain
+from casallm.train.attempts import (
+    CheckpointName,
+    attempt_numbers,
+    list_committed,
+    next_number,
+    read_chain,
+)
 from casallm.train.manifest import (
     MAX_MANIFEST_BYTES,
     Manifest,
@@ -87,7 +93,7 @@ class Checkpoint:
 def list_checkpoints(run: Store, *, before: int | None = None) -> list[CheckpointName]:
     """The committed checkpoints of the run's valid history, oldest first; nothing is verified.
 
-    With `before`, the history as it was before that attempt began.
+    With `before`, the history that attempt `before` continues.
     """
     chain = read_chain(run, before=before)
     return [name for name in list_committed(run) if chain.has(name.step, name.attempt)]
@@ -96,17 +102,13 @@ def list_checkpoints(run: Store, *, before: int | None = None) -> list[Checkpoin
 def newest_good(run: Store, scratch: Path, *, before: int | None = None) -> Checkpoint | None:
     """The newest checkpoint that is whole, on this machine; None if the run has none yet.
 
-    With `before`, in the history as it was before that attempt began.
+    With `before`, of the history that attempt `before` continues.
 
     A run in a bucket is copied to `scratch`, where files that are there already and still what
     the manifest says are used. CheckpointError if there are checkpoints and none is whole.
     """
     names = list_checkpoints(run, before=before)
-    if not names and list_committed(run) and not attempt_numbers(run):
-        raise CheckpointError(
-            f"{run.url} holds checkpoints but attempts/, which says how they follow each other, is"
-            " gone: restore it, or begin anew under another run name"
-        )
+    _check_authors(run)
     problem = None
     while names:
         name = names.pop()
@@ -208,7 +210,7 @@ def load_state(checkpoint: Checkpoint) -> TrainState:
             Decision(item["step"], item["kind"], item["value"]) for item in tree["decisions"]
         )
         state = TrainState(tree["step"], tree["sequences"], tree["tokens"], decisions)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} is no state of a run ({error})") from None
     if state.step != checkpoint.name.step:
         raise CheckpointError(f"{path} is of step {state.step}, not {checkpoint.name.step}")
@@ -229,7 +231,7 @@ def format_state(state: TrainState) -> bytes:
 
 def verify_run(run: Store, scratch: Path) -> dict[str, Any]:
     """Every checkpoint checked to the last byte, as `casallm verify --json` prints it."""
-    chain = read_chain(run)
+    chain = read_chain(run, before=next_number(run))
     checkpoints = []
     newest = None
     for name in list_committed(run):
@@ -254,6 +256,17 @@ def verify_run(run: Store, scratch: Path) -> dict[str, Any]:
         "newest_good": None if newest is None else str(newest),
         "weights_sha256": weights_sha256_of_files(weights) if weights else None,
     }
+
+
+def _check_authors(run: Store) -> None:
+    """Refuse to go on without the records that say how the checkpoints follow each other."""
+    numbers = set(attempt_numbers(run))
+    for name in list_committed(run):
+        if name.attempt not in numbers:
+            raise CheckpointError(
+                f"{run.url} holds {name}, but attempts/{name.attempt:06d}, which says what it"
+                " follows, is gone: restore it, or begin anew under another run name"
+            )
 
 
 def _sizes(run: Store, name: CheckpointName) -> dict[str, int]:

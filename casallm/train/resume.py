@@ -6,7 +6,7 @@ from typing import Any
 
 from casallm.errors import StoreError
 from casallm.storage.store import Store
-from casallm.train.attempts import Attempt, claim
+from casallm.train.attempts import Attempt, claim, next_number
 from casallm.train.checkpoint import Checkpoint, list_checkpoints, newest_good
 from casallm.train.retention import collect_unfinished
 
@@ -20,19 +20,17 @@ def start_attempt(run: Store, scratch: Path, **info: Any) -> tuple[Attempt, Chec
     CheckpointError if the run has checkpoints and none is whole. If the attempt before commits
     one more checkpoint while this one starts, that is where this one starts.
     """
-    left: Attempt | None = None
-    before: int | None = None
+    first = number = next_number(run)
     while True:
-        seen = set(list_checkpoints(run, before=before))
-        checkpoint = newest_good(run, scratch, before=before)
+        seen = set(list_checkpoints(run, before=first))
+        checkpoint = newest_good(run, scratch, before=first)
         name = checkpoint.name if checkpoint else None
-        attempt = claim(run, parent=name, after=left, **info)
-        before = before or attempt.number
-        late = set(list_checkpoints(run, before=before)) - seen
+        attempt = claim(run, parent=name, number=number, **info)
+        late = set(list_checkpoints(run, before=first)) - seen
         if not late or (name and max(late) <= name):
             break
-        log.info("attempt %d is left: %s was committed meanwhile", attempt.number, max(late))
-        left = attempt
+        log.info("attempt %d is left: %s was committed meanwhile", number, max(late))
+        number += 1
     try:
         collect_unfinished(run, attempt)
     except StoreError as error:

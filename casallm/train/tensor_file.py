@@ -6,14 +6,16 @@ come and go one tensor at a time, files are hashed on the way, and nothing that 
 believed before it has been checked against the size of the file.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -71,7 +73,7 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 def read_header(path: Path) -> dict[str, Slot]:
     """Where each tensor of the file lies; CheckpointError if the file cannot be as it claims."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         return _read_header(file, path)[0]
 
 
@@ -113,7 +115,7 @@ def weights_sha256_of_files(paths: Sequence[Path]) -> str:
     hasher = hashlib.sha256()
     for name, path, slot in sorted(slots, key=lambda item: item[0]):
         _hash_label(hasher, name, slot.dtype, slot.shape)
-        with path.open("rb") as file:
+        with _opened(path) as file:
             file.seek(slot.begin)
             remaining = slot.end - slot.begin
             while piece := file.read(min(CHUNK_BYTES, remaining)):
@@ -151,7 +153,7 @@ def _stream(
     path: Path, sha256: str, targets: Mapping[str, Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Read a file front to back, into the targets themselves where their memory allows it."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         slots, header = _read_header(file, path)
         if targets is not None:
             _check_targets(path, slots, targets)
@@ -168,6 +170,18 @@ def _stream(
             f"{path} changed after it was checked (sha256 {hasher.hexdigest()[:12]}… instead of"
             f" {sha256[:12]}…): check the drive, then start again"
         )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BufferedReader]:
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read any more ({error.strerror}): was the run started again, or"
+            " removed? Run the same command again"
+        ) from None
 
 
 def _destination(slot: Slot, target: Tensor | None) -> Tensor:
@@ -218,7 +232,7 @@ def _header(tensors: Mapping[str, Tensor], order: Sequence[str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-def _read_header(file: BinaryIO, path: Path) -> tuple[dict[str, Slot], bytes]:
+def _read_header(file: BufferedReader, path: Path) -> tuple[dict[str, Slot], bytes]:
     """The slots and the header's own bytes, every claim checked against the file's size."""
     size = path.stat().st_size
     prefix = file.read(8)

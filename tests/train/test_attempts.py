@@ -116,7 +116,17 @@ def test_the_history_is_the_chain_back_through_the_parents(run: LocalStore):
     assert not chain.has(1001, 1)
     assert not chain.has(1200, 2)
     assert chain.has(10**9, 4)
-    assert numbers(read_chain(run, before=4)) == [(3, None), (1, 1000)]
+
+
+def test_an_attempt_that_committed_nothing_leaves_no_history_to_continue(run: LocalStore):
+    for parent in (None, CheckpointName(10, 1), CheckpointName(10, 1)):
+        claim(run, parent=parent)
+    for name in ("step-00000010-a1", "step-00000020-a1", "step-00000015-a2"):
+        run.write(f"checkpoints/{name}/manifest.json", b"{}")
+
+    assert numbers(read_chain(run)) == [(3, None), (1, 10)]
+    assert numbers(read_chain(run, before=4)) == [(2, None), (1, 10)]
+    assert numbers(read_chain(run, before=2)) == [(1, None)]
     assert numbers(read_chain(run, before=1)) == []
 
 

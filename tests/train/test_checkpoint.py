@@ -47,6 +47,12 @@ def reseal(run: Store, changes: dict[str, object]) -> None:
     path.write_bytes(seal({**json.loads(path.read_bytes()), **changes}, "manifest_sha256"))
 
 
+def overtake(run: Store) -> None:
+    """A second attempt continues from step 20; what it commits at step 25 is not whole."""
+    claim(run, parent=CheckpointName(20, 1))
+    run.write("checkpoints/step-00000025-a2/manifest.json", b"")
+
+
 def good_step(run: Store, tmp_path: Path) -> int:
     checkpoint = newest_good(run, tmp_path / "scratch")
     assert checkpoint is not None
@@ -186,7 +192,9 @@ def test_two_bad_checkpoints_are_passed_over_aloud_and_none_good_is_an_error(
 def test_checkpoints_without_attempts_are_not_taken_for_a_new_run(run: LocalStore, tmp_path: Path):
     shutil.rmtree(Path(run.url, "attempts"))
 
-    with pytest.raises(CheckpointError, match=r"attempts/, which says how .* is gone: restore it"):
+    with pytest.raises(
+        CheckpointError, match=r"holds step-00000010-a1, but attempts/000001, which .* is gone"
+    ):
         newest_good(run, tmp_path)
 
 
@@ -203,9 +211,11 @@ def test_a_store_that_fails_is_an_error_and_no_reason_to_fall_back(
 
 
 def test_what_an_overtaken_attempt_wrote_does_not_count(run: LocalStore, tmp_path: Path):
-    claim(run, parent=CheckpointName(20, 1))
+    overtake(run)
 
-    assert [name.step for name in list_checkpoints(run)] == [10, 20]
+    assert list_checkpoints(run) == [
+        CheckpointName(10, 1), CheckpointName(20, 1), CheckpointName(25, 2),
+    ]  # fmt: skip
     assert [name.step for name in list_checkpoints(run, before=2)] == [10, 20, 30]
     assert good_step(run, tmp_path) == 20
 
@@ -290,7 +300,7 @@ def test_a_malicious_tensor_file_with_right_hashes_is_refused(run: LocalStore, t
 def test_verify_reports_every_checkpoint_and_the_hash_of_the_weights(
     run: LocalStore, tmp_path: Path
 ):
-    claim(run, parent=CheckpointName(20, 1))
+    overtake(run)
     size = (folder(run, 10) / "state.json").stat().st_size
     (folder(run, 10) / "state.json").write_bytes(b"{}")
     problem = f"checkpoints/step-00000010-a1/state.json has 2 bytes instead of {size}"
@@ -308,6 +318,13 @@ def test_verify_reports_every_checkpoint_and_the_hash_of_the_weights(
                 "problems": [problem],
             },
             {"name": "step-00000020-a1", "step": 20, "attempt": 1, "ok": True, "problems": []},
+            {
+                "name": "step-00000025-a2",
+                "step": 25,
+                "attempt": 2,
+                "ok": False,
+                "problems": ["checkpoints/step-00000025-a2/manifest.json: it is empty"],
+            },
             {
                 "name": "step-00000030-a1",
                 "step": 30,
