@@ -37,6 +37,10 @@ WORDS, NAMES, COLOURS, PLACES, PETS, PET_NAMES, NUMBERS = (
 )
 
 
+_NEAR_IDENTITY = ("who", "called", "about_you", "names")
+"""Tables whose questions sound like those about the assistant; they come three times as often."""
+
+
 def recall(random: Random) -> Conversation:
     """Something told, perhaps talk of something else, and the question what it was."""
     told, reply, question, answer = pick(_FACTS, random)(random)
@@ -60,7 +64,7 @@ def strings(random: Random) -> Conversation:
 def everyday(random: Random) -> Conversation:
     """A question of everyday life and its short answer."""
     tables = load_phrases("everyday.yaml")
-    table = tables[pick(list(tables), random)]
+    table = tables[pick([*tables, *_NEAR_IDENTITY, *_NEAR_IDENTITY], random)]
     values = [expand(value, random) for value in pick(table["items"], random)]
     fills = {str(place): [value] for place, value in enumerate(values)}
     question = expand(pick(table["asks"], random), random, fills)
