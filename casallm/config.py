@@ -188,9 +188,10 @@ def _describe(config_class: type[Config], detail: Mapping[str, Any]) -> str:
     if detail["type"] == "extra_forbidden":
         owner, prefix = _owner(config_class, location[:-1])
         names = list(owner.model_fields) if owner else []
-        paths = [".".join([*prefix, name]) for name in names]
-        hint = nearest(path, paths) or f" (known: {', '.join(paths)})"
-        return f"there is no setting {path}{hint}"
+        where = "".join(f"{part}." for part in prefix)
+        hint = nearest(location[-1], names).replace("mean ", f"mean {where}")
+        known = f" (known in {where.rstrip('.') or 'settings'}: {', '.join(names)})"
+        return f"there is no setting {path}{hint or known}"
     message = str(detail["msg"]).removeprefix("Value error, ")
     if detail["type"] == "missing":
         return f"{path} is required"

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 SETTINGS = (
     "model.n_layers=2",
@@ -37,14 +41,24 @@ class Done:
 
 
 class RealRun:
-    """One run directory and the command that makes it, in the folder of its documents."""
+    """One run and the command that makes it, in the folder of its documents."""
 
-    def __init__(self, documents: Path, name: str, *, ranks: int) -> None:
+    def __init__(
+        self,
+        documents: Path,
+        name: str,
+        *,
+        ranks: int,
+        url: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.folder = documents.parent
         self.directory = self.folder / "runs" / name
+        self.url = url or f"runs/{name}"
+        self._environment = {**os.environ, **(environment or {})}
         self._command = [
             *(sys.executable, "-m", "casallm", "pretrain", "--preset", "tiny"),
-            *("--run", name, "--data", str(documents), "--ranks", str(ranks)),
+            *("--run", self.url, "--data", str(documents), "--ranks", str(ranks)),
             *SETTINGS,
         ]
         self._process: subprocess.Popen[str] | None = None
@@ -57,6 +71,7 @@ class RealRun:
             self._process = subprocess.Popen(
                 [*self._command, *settings],
                 cwd=self.folder,
+                env=self._environment,
                 stdout=subprocess.PIPE,
                 stderr=file,
                 text=True,
@@ -80,42 +95,43 @@ class RealRun:
         raise AssertionError(f"step {step} was not reached:\n{self._log.read_text()}")
 
     def newest_step(self) -> int:
-        """The last step that the newest attempt recorded."""
-        attempts = sorted(self.directory.glob("attempts/*/attempt.json"))
-        path = attempts[-1].with_name("metrics.jsonl") if attempts else None
-        lines = path.read_text().splitlines() if path and path.exists() else []
-        return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+        """The last step that the process has told of."""
+        return max(map(int, re.findall(r"^step=(\d+)/", self._log.read_text(), re.M)), default=0)
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the supervisor alone."""
         self._process.send_signal(number)
 
+    def processes(self) -> list[int]:
+        """The supervisor and everything beneath it, ranks included."""
+        supervisor = psutil.Process(self._process.pid)
+        return [supervisor.pid, *(child.pid for child in supervisor.children(recursive=True))]
+
     def ranks(self) -> list[int]:
-        """The process ids of this run's ranks."""
+        """The process ids of this run's ranks, whoever is their parent by now."""
         found = []
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if b"casallm.train.rank" in words and self._is_ours(words):
-                found.append(int(path.parent.name))
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if "casallm.train.rank" in words and self._is_ours(Path(words[-1])):
+                found.append(process.pid)
         return sorted(found)
 
-    def _is_ours(self, words: list[bytes]) -> bool:
-        control = Path(os.fsdecode(words[words.index(b"casallm.train.rank") + 1]))
+    def _is_ours(self, control: Path) -> bool:
         try:
-            return (
-                str(self.directory.name)
-                == Path(json.loads((control / "spec.json").read_text())["run_url"]).name
-            )
+            return json.loads((control / "spec.json").read_text())["run_url"] == self.url
         except OSError:
             return False
 
     def weights(self) -> str:
         """`weights_sha256` of the newest good checkpoint."""
-        words = [sys.executable, "-m", "casallm", "verify", str(self.directory), "--json"]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE_SECONDS)
+        done = subprocess.run(
+            [sys.executable, "-m", "casallm", "verify", self.url, "--json"],
+            cwd=self.folder,
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
         return json.loads(done.stdout)["weights_sha256"]
 
     def metrics(self) -> list[dict]:
