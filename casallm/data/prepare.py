@@ -16,6 +16,7 @@ import errno
 import fcntl
 import functools
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -242,10 +243,14 @@ def _faults_reported(out: Path) -> Iterator[None]:
 
 
 def _share_out(workers: int, units: Sequence[Unit]) -> tuple[int, int]:
-    """Processes, and threads in each: a small source is not worth starting processes for."""
+    """Processes, and threads in each.
+
+    A small source is not worth starting processes for. Few units keep processes busy unevenly,
+    so each then encodes with several threads; from four units a worker on, with one.
+    """
     if sum(unit.text_bytes for unit in units) < SMALL_SOURCE_BYTES:
         return 1, workers
-    return workers, max(1, workers // len(units))
+    return workers, min(workers, math.ceil(4 * workers / max(1, len(units))))
 
 
 def _keep_tokenizer(

@@ -106,23 +106,29 @@ class Dataset:
 class ShardWriter:
     """Writes the documents of one split of one unit as shards, whole or not at all."""
 
-    def __init__(self, directory: Path, split: Split, unit: str, *, vocab_size: int) -> None:
+    def __init__(
+        self, directory: Path, split: Split, unit: str, *, vocab_size: int, bos_id: int
+    ) -> None:
         self._directory = directory
         self._prefix = f"{split}-{unit}"
         self._dtype = little_endian(dtype_for(vocab_size))
+        self._bos_id = bos_id
         self._file: IO[bytes] | None = None
         self._tokens = 0
         self.shards: list[ShardRecord] = []
 
     def append(self, ids: Ids) -> None:
-        """Adds whole documents; the shard is finished when it is long enough."""
-        if self._file is None:
-            self._file = self._temporary.open("wb")
-            self._file.write(bytes(HEADER_BYTES))
-        self._file.write(ids.astype(self._dtype).tobytes())
-        self._tokens += len(ids)
-        if self._tokens >= SHARD_TOKENS:
-            self.finish()
+        """Adds whole documents; where a shard ends does not depend on how many come at a time."""
+        while len(ids):
+            if self._file is None:
+                self._file = self._temporary.open("wb")
+                self._file.write(bytes(HEADER_BYTES))
+            n_tokens = self._room(ids)
+            self._file.write(ids[:n_tokens].astype(self._dtype).tobytes())
+            self._tokens += n_tokens
+            if self._tokens >= SHARD_TOKENS:
+                self.finish()
+            ids = ids[n_tokens:]
 
     def finish(self) -> list[ShardRecord]:
         """Publishes what has been added; every shard so far, hashed from what the disk holds."""
@@ -150,6 +156,12 @@ class ShardWriter:
                 self._file.close()
             self._temporary.unlink(missing_ok=True)
             self._file = None
+
+    def _room(self, ids: Ids) -> int:
+        """How many of `ids` belong into this shard: to the end of the document that fills it."""
+        missing = SHARD_TOKENS - self._tokens
+        beginnings = np.flatnonzero(ids[missing:] == self._bos_id)
+        return missing + int(beginnings[0]) if len(beginnings) else len(ids)
 
     @property
     def _temporary(self) -> Path:

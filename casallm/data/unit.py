@@ -25,6 +25,7 @@ SMALL_SOURCE_BYTES = 64_000_000
 """A source that lists less text than this is small: more of it is held out."""
 
 _BATCH_BYTES = 4 << 20
+"""Text that each thread encodes at a time."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,16 @@ class UnitRecord(Config):
 def prepare_unit(job: Job, unit: Unit) -> Iterator[Tally]:
     """Makes the shards of `unit`, then its record; yields what each batch added."""
     tokenizer = _tokenizer_at(job.out / "tokenizer")
-    size = tokenizer.vocab_size
-    writers = {each: ShardWriter(job.out, each, unit.name, vocab_size=size) for each in SPLITS}
+    build_writer = functools.partial(
+        ShardWriter, job.out, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id
+    )
+    writers = {split: build_writer(split=split, unit=unit.name) for split in SPLITS}
     tallies = dict.fromkeys(SPLITS, Tally())
     oddities = Oddities()
     try:
-        for split, documents in _batches(documents_of(job, unit, oddities)):
+        for split, documents in _batches(
+            documents_of(job, unit, oddities), job.threads * _BATCH_BYTES
+        ):
             texts = [document.text for document in documents]
             ids = tokenizer.encode_documents(texts, threads=job.threads)
             writers[split].append(ids)
@@ -180,15 +185,17 @@ def _finish(writer: ShardWriter, tally: Tally) -> SplitRecord:
     )
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[tuple[Split, list[Document]]]:
-    """The documents by split, in batches of about _BATCH_BYTES."""
+def _batches(
+    documents: Iterator[Document], batch_bytes: int
+) -> Iterator[tuple[Split, list[Document]]]:
+    """The documents by split, in batches of about `batch_bytes`."""
     batches: dict[Split, list[Document]] = {split: [] for split in SPLITS}
     sizes = dict.fromkeys(SPLITS, 0)
     for document in documents:
         split = document.split
         batches[split].append(document)
         sizes[split] += document.n_bytes
-        if sizes[split] >= _BATCH_BYTES:
+        if sizes[split] >= batch_bytes:
             yield split, batches[split]
             batches[split], sizes[split] = [], 0
     yield from ((split, batch) for split, batch in batches.items() if batch)

@@ -33,6 +33,12 @@ def make_texts(n: int, *, seed: int = 0) -> list[str]:
     return [f"{i}. " + " ".join(rng.choices(words, k=rng.randint(5, 200))) + "." for i in range(n)]
 
 
+@pytest.fixture(autouse=True)
+def without_power_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves bytes in the system's cache: killing a process loses none, and a busy disk waits."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     return make_texts(400)

@@ -15,7 +15,7 @@ import pytest
 from conftest import make_texts, write_documents
 
 from casallm.data import prepare as module
-from casallm.data import sources, unit
+from casallm.data import shards, sources, unit
 from casallm.data.prepare import Progress, load_or_prepare, prepare, train_on_source
 from casallm.data.shards import open_dataset, verify_dataset
 from casallm.data.sources import DataConfig, open_source
@@ -123,6 +123,18 @@ def test_any_number_of_workers_makes_the_same_files(many_units, tmp_path):
     assert files_of(tmp_path / "2") == calm
     assert files_of(tmp_path / "3") == calm
     assert verify_dataset(tmp_path / "3") == []
+
+
+def test_threads_and_the_size_of_batches_make_no_difference(tmp_path, texts, monkeypatch):
+    path = write_documents(tmp_path / "a.jsonl", texts)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 3000)
+    run(path, tmp_path / "calm", workers=1)
+
+    monkeypatch.setattr(unit, "_BATCH_BYTES", 700)
+    run(path, tmp_path / "out", workers=3)
+
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "calm")
+    assert len(list((tmp_path / "out").glob("train-*.npy"))) > 5
 
 
 def test_the_same_documents_in_another_format_have_the_same_ids(tmp_path, texts, prepared):

@@ -1,5 +1,7 @@
 import json
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +29,7 @@ def a_shard(directory):
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
 def test_a_shard_is_byte_for_byte_what_the_specification_says(tmp_path, vocab_size, dtype):
-    writer = ShardWriter(tmp_path, "train", "f0p0", vocab_size=vocab_size)
+    writer = ShardWriter(tmp_path, "train", "f0p0", vocab_size=vocab_size, bos_id=5)
     writer.append(np.array([5, 65_535, 258], np.uint32))
 
     (record,) = writer.finish()
@@ -54,7 +56,7 @@ def test_numpy_reads_the_header(n):
 @given(documents=IDS)
 def test_what_is_written_is_read_back_by_numpy(tmp_path_factory, documents):
     directory = tmp_path_factory.mktemp("shards")
-    writer = ShardWriter(directory, "val", "f0", vocab_size=65_536)
+    writer = ShardWriter(directory, "val", "f0", vocab_size=65_536, bos_id=7)
     for document in documents:
         writer.append(np.array(document, np.uint32))
 
@@ -65,21 +67,42 @@ def test_what_is_written_is_read_back_by_numpy(tmp_path_factory, documents):
     assert [path.name for path in directory.iterdir()] == [record.name]
 
 
-def test_a_long_unit_fills_several_shards_and_cuts_no_document(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at_a_time", [1, 2, 3, 5])
+def test_a_long_unit_fills_several_shards_and_cuts_no_document(tmp_path, monkeypatch, at_a_time):
     monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
-    writer = ShardWriter(tmp_path, "train", "f0", vocab_size=400)
-    for document in ([1] * 4, [2] * 4, [3] * 4, [4] * 25, [5] * 3):
-        writer.append(np.array(document, np.uint32))
+    documents = [[0, *[i] * (n - 1)] for i, n in enumerate((4, 4, 4, 25, 3), 1)]
+    writer = ShardWriter(tmp_path, "train", "f0", vocab_size=400, bos_id=0)
+    for start in range(0, 5, at_a_time):
+        writer.append(np.concatenate(documents[start : start + at_a_time]).astype(np.uint32))
 
     records = writer.finish()
 
     assert [record.name for record in records] == [f"train-f0-0000{i}.npy" for i in range(3)]
     loaded = [np.load(tmp_path / record.name).tolist() for record in records]
-    assert loaded == [[1] * 4 + [2] * 4 + [3] * 4, [4] * 25, [5] * 3]
+    assert loaded == [documents[0] + documents[1] + documents[2], documents[3], documents[4]]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 40), st.integers(1, 9))
+def test_where_shards_end_does_not_depend_on_the_batches(lengths, shard_tokens, at_a_time):
+    documents = [[0] + [1] * (n - 1) for n in lengths]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(shards, "SHARD_TOKENS", shard_tokens)
+        writer = ShardWriter(Path(folder), "train", "f0", vocab_size=400, bos_id=0)
+        for start in range(0, len(documents), at_a_time):
+            writer.append(np.concatenate(documents[start : start + at_a_time]).astype(np.uint32))
+        found = [record.tokens for record in writer.finish()]
+
+    expected, size = [], 0
+    for n in lengths:
+        size += n
+        if size >= shard_tokens:
+            expected.append(size)
+            size = 0
+    assert found == [*expected, size] if size else found == expected
 
 
 def test_a_discarded_shard_leaves_nothing(tmp_path):
-    writer = ShardWriter(tmp_path, "train", "f0", vocab_size=400)
+    writer = ShardWriter(tmp_path, "train", "f0", vocab_size=400, bos_id=0)
     writer.append(np.array([1], np.uint32))
 
     writer.discard()
