@@ -71,7 +71,7 @@ bench: .venv/.installed-train,data,dev ## the benchmarks that claims in the docu
 	for script in benchmarks/*.py; do .venv/bin/python $$script; done
 
 chaos: .venv/.installed-train,data,dev ## the fault campaign (SEED= COUNT= ONLY= OUT=)
-	.venv/bin/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
+	.venv/bin/python -m tests.chaos
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info
