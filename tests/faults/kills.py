@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 from tests.data.conftest import make_texts, write_documents
-from tests.faults.fixtures import moto
 from tests.faults.campaigns import Result
+from tests.faults.fixtures import moto
 from tests.faults.servers import CREDENTIALS
 from tests.train.real_run import RealRun
 
