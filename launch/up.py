@@ -64,7 +64,7 @@ def launch_plan(plan: Plan, environment: Mapping[str, str]) -> cluster.Standing:
     else:
         cluster.launch_cluster(task, plan.name, wait_hours=CAPACITY_HOURS)
         if not cluster.ends_itself(plan.name):
-            cluster.make_end_itself(plan.name, idle_minutes=5)
+            cluster.make_end_itself(plan.name, idle_minutes=2)
     return cluster.standing(plan.name)
 
 

@@ -71,7 +71,7 @@ class SimulatedCloud:
             "HOME": str(self.home),
             "USER": "tester",
             "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-            "PYTHONPATH": str(HERE / "shim"),
+            "PYTHONPATH": f"{HERE / 'shim'}:{CHECKOUT}",
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",

@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from launch import node
+
+CLUSTER = '{"cluster_name": "c", "cloud": "AWS", "region": "us-east-1", "zone": "us-east-1a"}'
+OFFERS = "aws/us-east-1/p4d.24xlarge=6.289,aws/us-east-2/p4d.24xlarge=6.66"
+
+
+@pytest.fixture
+def metadata(stub, monkeypatch):
+    monkeypatch.setattr(node, "METADATA", stub.url)
+    stub.body = b"p4d.24xlarge"
+    return stub
+
+
+def test_the_price_is_that_of_the_plan_for_the_machine_really_got_times_the_nodes(metadata):
+    env = {"SKYPILOT_CLUSTER_INFO": CLUSTER, "OFFERS": OFFERS, "SKYPILOT_NUM_NODES": "2"}
+
+    assert node.usd_per_hour(env) == pytest.approx(2 * 6.289)
+
+
+def test_launched_by_hand_the_price_is_that_of_the_list(metadata, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert node.usd_per_hour({"SKYPILOT_CLUSTER_INFO": CLUSTER}) == pytest.approx(21.957642)
+
+
+def test_a_machine_that_nobody_priced_costs_nothing_known_and_says_so(metadata, caplog):
+    metadata.body = b"x9.huge"
+
+    assert node.usd_per_hour({"SKYPILOT_CLUSTER_INFO": CLUSTER, "OFFERS": OFFERS}) is None
+    assert "no price is known for aws x9.huge in us-east-1" in caplog.text
+
+
+def test_without_a_metadata_service_the_dearest_offer_of_the_region_counts(monkeypatch):
+    offers = f"{OFFERS},aws/us-east-1/p5.48xlarge=14.25"
+
+    assert node.planned_price(offers, "aws", "us-east-1", "") == 14.25
+
+
+def test_the_webhook_gets_one_message(stub):
+    assert node.notify(stub.url, "casallm: x is finished: done")
+
+    assert json.loads(stub.received[0]) == {"text": "casallm: x is finished: done"}
+
+
+def test_a_webhook_that_refuses_stops_nothing_and_is_not_named(stub, caplog):
+    stub.status = 500
+
+    assert not node.notify(f"{stub.url}/secret-path", "text")
+
+    assert "the webhook did not take the message" in caplog.text
+    assert "secret-path" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "reason", "text"),
+    [
+        (0, "the budget is spent", "casallm: s3://b/r is finished: the budget is spent"),
+        (0, None, "casallm: s3://b/r is finished: done"),
+        (1, None, "casallm: s3://b/r failed (exit code 1): see `make logs RUN=s3://b/r`"),
+        (75, None, None),
+    ],
+)
+def test_finish_failure_and_budget_are_told_and_a_preemption_is_not(exit_code, reason, text):
+    assert node.ending_text("s3://b/r", exit_code, reason) == text
