@@ -52,7 +52,9 @@ class Spec:
 
     run_url: str
     config: dict[str, Any]
-    dataset_directory: str
+    machine: dict[str, Any]
+    """The fields of a `Machine`: this node."""
+    data_directory: str
     scratch: str
     attempt: int
     start_from: str | None

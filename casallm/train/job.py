@@ -1,7 +1,8 @@
 """One start of a run: from what was asked for to an exit code and a sentence.
 
-Settle the settings, have the shards, claim the attempt, let the supervisor run generations of
-ranks, and at the end write what a finished run holds. The same request continues the run.
+Settle the settings, have the data, claim the attempt, let the supervisor run generations of
+ranks, and at the end write what a finished run holds. The same request continues the run. What
+differs from stage to stage is asked of the request.
 """
 
 import contextlib
@@ -9,17 +10,15 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from casallm.config import Tree, build, canonical_json, to_tree, to_yaml
-from casallm.data.shards import Dataset
 from casallm.errors import CheckpointError, TrainingError
 from casallm.estimate.architecture import count_params
-from casallm.evals.bigram import dataset_bigram_loss
 from casallm.storage.store import Store, open_store
 from casallm.train.attempts import Attempt, CheckpointName, attempt_numbers, read_attempt
 from casallm.train.budget import BudgetConfig
@@ -29,19 +28,11 @@ from casallm.train.journal import AttemptLog, Line, merged_metrics, merged_sampl
 from casallm.train.machine import Machine, this_machine
 from casallm.train.nodes import Follower, Leader, Place
 from casallm.train.preemption import watch_notices
-from casallm.train.pretrain import (
-    Request,
-    check_identity,
-    fit_to_data,
-    prepare_dataset,
-    resolve,
-    run_url,
-)
 from casallm.train.report import write_report
-from casallm.train.report_loader import dataset_facts
 from casallm.train.resume import start_attempt
-from casallm.train.run import RunConfig, identity_sha256, save_config, saved_settings
+from casallm.train.run import RunConfig, changes_of, identity_sha256, save_config
 from casallm.train.run_place import scratch_of
+from casallm.train.stage import Material, Request
 from casallm.train.status import finish, read_finished
 from casallm.train.supervisor import (
     EXIT_AGAIN,
@@ -60,22 +51,23 @@ log = logging.getLogger(__name__)
 class Settled:
     """Everything about one start that is known before it claims the run."""
 
+    request: Request
     run: Store
     config: RunConfig
-    dataset: Dataset
+    material: Material
     machine: Machine
     ranks: int
     """Of this node."""
-    place: Place
 
     @property
-    def dataset_facts(self) -> Tree:
-        """What of the data is part of the run's identity."""
-        manifest = self.dataset.manifest
-        return {
-            "manifest_sha256": manifest.sha256,
-            "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
-        }
+    def place(self) -> Place:
+        """Of this node among those of the run."""
+        return self.request.start.place
+
+    @property
+    def identity_sha256(self) -> str:
+        """Of what the run computes."""
+        return identity_sha256(self.config, self.material.identity)
 
     @property
     def scratch(self) -> Path:
@@ -89,17 +81,18 @@ def start(request: Request) -> tuple[int, str]:
     Raises CasallmError for what a person must fix.
     """
     machine = this_machine()
-    run = open_store(run_url(request, machine))
+    run = open_store(request.run_url(machine))
     finished = read_finished(run)
     if finished:
         return EXIT_DONE, f"{run.url} is finished: {finished['reason']}\n{_next_steps(run)}"
     settled = settle(request, machine, run)
-    if request.place.node:
-        return follow(Follower(request.place, run.url), _localizer(settled)), ""
-    _refuse_changes(settled, is_allowed=request.allow_changes)
+    place = settled.place
+    if place.node:
+        return follow(Follower(place, run.url), _localizer(settled)), ""
+    _refuse_changes(settled)
     attempt, checkpoint = _claim(settled)
     log.info("%s", describe(settled, checkpoint.name if checkpoint else None))
-    leader = Leader(request.place, run.url) if request.place.n_nodes > 1 else None
+    leader = Leader(place, run.url) if place.n_nodes > 1 else None
     supervisor = Supervisor(_generations(settled, attempt), lambda: _newest_step(run), leader)
     code, answer = EXIT_FAILED, ""
     try:
@@ -112,13 +105,9 @@ def start(request: Request) -> tuple[int, str]:
 
 
 def settle(request: Request, machine: Machine, run: Store) -> Settled:
-    """Settings, shards and ranks for `request`, checked against each other."""
-    config = resolve(request, machine, run)
-    dataset = prepare_dataset(config)
-    if saved_settings(run) is None:
-        config = fit_to_data(config, dataset, is_length_asked=_is_length_asked(request))
-    ranks = request.ranks or max(1, machine.n_gpus)
-    return Settled(run, config, dataset, machine, ranks, request.place)
+    """Settings, data and ranks for `request`, checked against each other."""
+    config, material = request.settle(machine, run)
+    return Settled(request, run, config, material, machine, _n_ranks(request, machine))
 
 
 def describe(settled: Settled, start_from: CheckpointName | None) -> str:
@@ -134,18 +123,17 @@ def describe(settled: Settled, start_from: CheckpointName | None) -> str:
 
 
 def plan_text(request: Request) -> str:
-    """What `start` would do, without preparing data or claiming anything."""
+    """What `start` would do, without writing or claiming anything."""
     machine = this_machine()
-    run = open_store(run_url(request, machine))
-    config = resolve(request, machine, run)
-    ranks = request.ranks or max(1, machine.n_gpus)
+    run = open_store(request.run_url(machine))
+    config = request.plan(machine, run)
     lines = [
         f"run         {run.url}",
         f"model       {config.model.family}, {count_params(config.model):,} parameters",
         f"data        {config.data.source}",
         f"length      {config.train.steps:,} steps of {config.tokens_per_step:,} tokens"
         f" ({format_count(config.total_tokens)})",
-        f"machine     {machine.describe()}, {ranks} ranks, {config.train.precision}",
+        f"machine     {machine.describe()}, {_n_ranks(request, machine)} ranks, {config.train.precision}",
         "settings",
         *(f"  {line}" for line in to_yaml(to_tree(config)).splitlines()),
     ]
@@ -164,9 +152,9 @@ def _claim(settled: Settled) -> tuple[Attempt, Checkpoint | None]:
         started_at=time.time(),
         **_billing(run, config.budget),
     )
-    save_config(run, config, settled.dataset_facts)
-    _copy_tokenizer(settled.dataset, run)
-    _note(run, attempt, "dataset", **dataset_facts(settled.dataset.manifest))
+    _copy_files(settled.material, run)
+    save_config(run, config, settled.material.identity)
+    _note(run, attempt, "dataset", **settled.material.facts)
     return attempt, checkpoint
 
 
@@ -207,11 +195,12 @@ def _generations(settled: Settled, attempt: Attempt) -> Callable[[], Generation]
         spec = Spec(
             run_url=run.url,
             config=to_tree(config),
-            dataset_directory=str(settled.dataset.directory),
+            machine=settled.machine.facts(),
+            data_directory=str(settled.material.directory),
             scratch=str(settled.scratch),
             attempt=attempt.number,
             start_from=str(checkpoint.name) if checkpoint else None,
-            identity_sha256=identity_sha256(config, settled.dataset_facts),
+            identity_sha256=settled.identity_sha256,
             usd_before=float(attempt.info["usd_before"]),
             billed_since=float(attempt.info["billed_since"]),
             run_started=_run_started(run, attempt),
@@ -227,14 +216,15 @@ def _localizer(settled: Settled) -> Callable[[Spec], Generation]:
 
     def localize(spec: Spec) -> Generation:
         config = build(RunConfig, spec.config)
-        if identity_sha256(config, settled.dataset_facts) != spec.identity_sha256:
+        if identity_sha256(config, settled.material.identity) != spec.identity_sha256:
             raise TrainingError(
-                f"the settings or shards of node {settled.place.node} are not those of node 0:"
+                f"the settings or data of node {settled.place.node} are not those of node 0:"
                 " give every node the same command and the same data"
             )
         local = replace(
             spec,
-            dataset_directory=str(settled.dataset.directory),
+            machine=settled.machine.facts(),
+            data_directory=str(settled.material.directory),
             scratch=str(settled.scratch),
         )
         return _generation(settled, local)
@@ -256,7 +246,8 @@ def _conclude(settled: Settled, attempt: Attempt, outcome: Outcome) -> tuple[int
     """Write down how the attempt ended; the exit code and what to tell the person."""
     run = settled.run
     if outcome.kind == "finished":
-        _note_baseline(settled, attempt)
+        for kind, fields in settled.request.score(run, settled.config, settled.material):
+            _note(run, attempt, kind, **fields)
     _note(run, attempt, "end", outcome=outcome.kind, step=outcome.step, reason=outcome.reason)
     if outcome.kind == "failed":
         raise TrainingError(outcome.reason)
@@ -279,27 +270,16 @@ def _note(run: Store, attempt: Attempt, kind: str, **fields: Any) -> None:
     journal.close()
 
 
-def _note_baseline(settled: Settled, attempt: Attempt) -> None:
-    """Score a bigram model of the same tokens on the same windows: what has to be beaten."""
-    baseline = dataset_bigram_loss(
-        settled.dataset,
-        context_length=settled.config.train.context_length,
-        n_windows=settled.config.eval.sequences,
-    )
-    if baseline:
-        _note(settled.run, attempt, "baseline", **asdict(baseline))
-
-
 def _to_lines(records: list[Line]) -> bytes:
     return "".join(canonical_json(record) + "\n" for record in records).encode()
 
 
-def _refuse_changes(settled: Settled, *, is_allowed: bool) -> None:
-    differences = check_identity(settled.config, settled.dataset_facts, settled.run)
+def _refuse_changes(settled: Settled) -> None:
+    differences = changes_of(settled.run, settled.config, settled.material.identity)
     if not differences:
         return
     listed = "; ".join(differences)
-    if is_allowed:
+    if settled.request.start.allow_changes:
         log.warning("%s goes on with other settings: %s", settled.run.url, listed)
         return
     raise CheckpointError(
@@ -308,15 +288,15 @@ def _refuse_changes(settled: Settled, *, is_allowed: bool) -> None:
     )
 
 
-def _is_length_asked(request: Request) -> bool:
-    return bool(request.tokens) or any(s.startswith("train.steps=") for s in request.settings)
+def _n_ranks(request: Request, machine: Machine) -> int:
+    return request.start.ranks or max(1, machine.n_gpus)
 
 
-def _copy_tokenizer(dataset: Dataset, run: Store) -> None:
-    """The run's own copy of the vocabulary, so that it can be used without its data."""
-    for path in sorted((dataset.directory / "tokenizer").iterdir()):
-        if not run.exists(f"tokenizer/{path.name}"):
-            run.put(f"tokenizer/{path.name}", path)
+def _copy_files(material: Material, run: Store) -> None:
+    """The run's own copies, with which it goes on without this machine's data."""
+    for name, path in material.files.items():
+        if not run.exists(name):
+            run.put(name, path)
 
 
 def _newest_step(run: Store) -> int:

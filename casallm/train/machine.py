@@ -2,13 +2,18 @@
 
 import os
 import platform
-from dataclasses import asdict, dataclass
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from casallm import __version__
 from casallm.estimate.hardware import CPU_CORE, Hardware, hardware_of_device
+
+MATRIX_WIDTH = 1024
+MEASUREMENTS = 8
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,8 @@ class Machine:
     device_name: str
     n_gpus: int
     gpu_memory_bytes: int
+    cpu_flops: float
+    """What matrix products reach on all cores, measured; 0 where there are GPUs."""
     n_cores: int
     memory_bytes: int
     python: str
@@ -28,14 +35,14 @@ class Machine:
 
     @property
     def hardware(self) -> Hardware | None:
-        """The table's entry for one device (for a CPU: one core), if it has one."""
+        """The table's entry for one device, if it has one; all cores of a CPU are one device."""
         if self.device_kind == "cpu":
-            return CPU_CORE
+            return replace(CPU_CORE, peak_flops=self.cpu_flops)
         return hardware_of_device(self.device_name, self.gpu_memory_bytes)
 
     def devices_of(self, ranks: int) -> int:
         """How many of `hardware` compute in a run of `ranks` on this node."""
-        return self.n_cores if self.device_kind == "cpu" else ranks
+        return 1 if self.device_kind == "cpu" else ranks
 
     def describe(self) -> str:
         """The machine in a few words."""
@@ -59,9 +66,8 @@ def this_machine() -> Machine:
         device_name=properties.name if properties else platform.processor() or platform.machine(),
         n_gpus=n_gpus,
         gpu_memory_bytes=properties.total_memory if properties else 0,
-        n_cores=len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        cpu_flops=0.0 if n_gpus else _measured_cpu_flops(),
+        n_cores=_usable_cores(),
         memory_bytes=psutil.virtual_memory().total,
         python=platform.python_version(),
         torch=torch.__version__,
@@ -74,9 +80,33 @@ def supports_bf16(machine: Machine) -> bool:
     if machine.device_kind == "cuda":
         hardware = machine.hardware
         return hardware is None or hardware.has_bf16
+    return _has_cpu_bf16()
+
+
+def _has_cpu_bf16() -> bool:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123 - a kernel file
-            flags = next((line for line in file if line.startswith("flags")), "")
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return False
+    flags = next((line for line in lines if line.startswith("flags")), "")
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _measured_cpu_flops() -> float:
+    """The best rate of a large matrix product, in the type that training would use here."""
+    import torch
+
+    dtype = torch.bfloat16 if _has_cpu_bf16() else torch.float32
+    a = torch.ones(MATRIX_WIDTH, MATRIX_WIDTH, dtype=dtype)
+    seconds = []
+    for _ in range(MEASUREMENTS):
+        begin = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - begin)
+    return 2 * MATRIX_WIDTH**3 / min(seconds)

@@ -13,13 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import torch
 
 from casallm.config import build
-from casallm.data.loader import PretrainLoader
-from casallm.data.shards import Dataset, open_dataset
-from casallm.data.tokenizer import Tokenizer
 from casallm.errors import CasallmError, CheckpointError, ConfigError
 from casallm.estimate.architecture import count_params, flops_per_token
 from casallm.estimate.memory import largest_micro_batch
@@ -37,22 +33,20 @@ from casallm.train.distributed import (
     join_world,
     leave_world,
 )
-from casallm.train.evaluation import PROMPT_TOKENS
 from casallm.train.journal import AttemptLog
 from casallm.train.leader import Leader, Sampler
-from casallm.train.machine import Machine, this_machine
+from casallm.train.machine import Machine
 from casallm.train.metrics import Metrics, Sink, Yardstick
 from casallm.train.optim import Optimizers
 from casallm.train.progress import Progress
+from casallm.train.pretrain import open_feed
 from casallm.train.run import RunConfig
+from casallm.train.stage import Feed
 from casallm.train.trainer import Trainer
 from casallm.train.wandb_mirror import mirror_run_id, open_mirror
 
 MICRO_BATCH_TOKENS = 16_384
 """The most of one forward pass on a CPU, or on a GPU that is in no table."""
-
-N_PROMPTS = 3
-PROMPT_SEARCH_TOKENS = 100_000
 
 
 def main(directory: str) -> int:
@@ -79,52 +73,37 @@ def main(directory: str) -> int:
 
 
 def _train(spec: Spec, control: Control) -> None:
-    machine = this_machine()
+    machine = Machine(**spec.machine)
     world = join_world(machine.device_kind)
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     config = build(RunConfig, spec.config)
-    dataset = open_dataset(Path(spec.dataset_directory))
+    feed = open_feed(
+        Path(spec.data_directory), config, world, micro_batch_size(config, machine, world)
+    )
     model = build_gpt(
         config.model, config.train.context_length, seed=config.train.seed, device=world.device
     )
     optimizers = Optimizers(model, config.optim)
     state = _load_state(spec, world, model, optimizers)
-    loader = build_loader(config, dataset, machine, world)
-    tokenizer = dataset.tokenizer()
-    with _leader(spec, config, world, machine, model, dataset) as leader:
+    with _leader(spec, config, world, machine, model, feed) as leader:
         trainer = Trainer(
             config=config,
             world=world,
             model=model,
-            loader=loader,
+            loader=feed.loader,
             optimizers=optimizers,
             state=state,
             control=control,
-            token_bytes_V=torch.from_numpy(tokenizer.token_bytes()).to(world.device),
+            token_bytes_V=torch.from_numpy(feed.tokenizer.token_bytes()).to(world.device),
             observer=leader,
+            sources=feed.sources,
         )
         outcome = trainer.run()
-    loader.close()
+    feed.loader.close()
     if world.is_leader:
         control.write_outcome(outcome)
     leave_world(world)
-
-
-def build_loader(
-    config: RunConfig, dataset: Dataset, machine: Machine, world: World
-) -> PretrainLoader:
-    """The batches of the run's stage."""
-    return PretrainLoader(
-        dataset,
-        context_length=config.train.context_length,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=micro_batch_size(config, machine, world),
-        rank=world.rank,
-        world_size=world.size,
-        seed=config.train.seed,
-        device=world.device,
-    )
 
 
 def micro_batch_size(config: RunConfig, machine: Machine, world: World) -> int:
@@ -169,7 +148,7 @@ def _load_state(spec: Spec, world: World, model: GPT, optimizers: Optimizers) ->
 
 @contextlib.contextmanager
 def _leader(
-    spec: Spec, config: RunConfig, world: World, machine: Machine, model: GPT, dataset: Dataset
+    spec: Spec, config: RunConfig, world: World, machine: Machine, model: GPT, feed: Feed
 ) -> Iterator[Leader | None]:
     """Rank 0's observer, closed when the training is over; None elsewhere."""
     if not world.is_leader:
@@ -201,7 +180,6 @@ def _leader(
         start=CheckpointName.parse(spec.start_from) if spec.start_from else None,
         scratch=Path(spec.scratch),
     )
-    tokenizer = dataset.tokenizer()
     metrics = Metrics(journal.metric, sinks)
     try:
         yield Leader(
@@ -213,10 +191,7 @@ def _leader(
             metrics=metrics,
             progress=progress,
             sampler=Sampler(
-                tokenizer,
-                config.eval.prompts or held_out_beginnings(dataset, tokenizer),
-                config.train.context_length,
-                config.train.seed,
+                feed.tokenizer, feed.prompts, config.train.context_length, config.train.seed
             ),
             model=model,
             purse=Purse(spec.usd_before, spec.billed_since, spec.run_started, config.budget),
@@ -231,15 +206,6 @@ def _leader(
         writer.close()
         metrics.close()
         journal.close()
-
-
-def held_out_beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[str]:
-    """The first words of three held-out documents: what samples continue unless set."""
-    tokens = dataset.shard("val", 0)[:PROMPT_SEARCH_TOKENS]
-    starts = np.flatnonzero(tokens == tokenizer.bos_id)[:N_PROMPTS]
-    return [
-        tokenizer.decode(tokens[start + 1 : start + 1 + PROMPT_TOKENS].tolist()) for start in starts
-    ]
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:

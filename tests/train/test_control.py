@@ -11,6 +11,7 @@ from casallm.train.control import PARENT_VARIABLE, Control, Outcome, Spec, StopR
 SPEC = Spec(
     run_url="runs/x",
     config={"train": {"steps": 3}},
+    machine={"device_kind": "cpu"},
     dataset_directory="data/y",
     scratch="z",
     attempt=3,
