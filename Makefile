@@ -24,29 +24,47 @@ SET      ?=
 EXTRAS   ?= train,data
 
 CASALLM = .venv/bin/python -m casallm
+LAUNCH = .venv/bin/python -m launch
+TESTED = train,data,cloud,dev
+
+SIZE = $(if $(PRESET),--preset $(PRESET)) $(if $(PARAMS),--params $(PARAMS)) \
+  $(if $(DATA),--data $(DATA)) $(if $(TOKENS),--tokens $(TOKENS))
+RUN_OPTION = $(if $(RUN),--run $(RUN))
+RANKS_OPTION = $(if $(RANKS),--ranks $(RANKS))
+LIMITS = $(if $(BUDGET),budget.usd=$(BUDGET)) $(if $(DEADLINE),budget.deadline_hours=$(DEADLINE))
+DRY = $(if $(DRYRUN),--dry-run)
+RENT = --cloud $(CLOUD) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) \
+  $(if $(REGION),--region $(REGION)) $(if $(filter 0,$(SPOT)),--on-demand) \
+  $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEADLINE),--deadline $(DEADLINE)) \
+  $(if $(NOTIFY),--notify $(NOTIFY)) $(if $(BUCKET),--bucket $(BUCKET)) $(if $(YES),--yes) $(DRY)
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain prepare estimate-cost report verify runs sample test test-all lint bench chaos clean
+.PHONY: help setup pretrain prepare estimate-cost report verify runs status logs down test test-all lint \
+  bench chaos e2e clean
 
 help: ## list the targets
 	@echo "make TARGET [VARIABLE=value ...]"
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  \1|\2/' | column -t -s'|'
+	@grep -hE '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):[^#]*## (.*)/  \1|\2/' | column -t -s'|'
 	@echo "variables: PRESET PARAMS RUN DATA TOKENS RANKS BUDGET DEADLINE DRYRUN SET='section.key=value ...'"
 
 setup: .venv/.installed-$(EXTRAS) ## install into .venv what training needs (EXTRAS=train,data)
 
-pretrain: .venv/.installed-train,data ## train a model: the built-in corpus on this machine unless said otherwise
-	$(CASALLM) pretrain $(if $(RUN),--run $(RUN)) $(if $(PRESET),--preset $(PRESET)) $(if $(PARAMS),--params $(PARAMS)) \
-	  $(if $(DATA),--data $(DATA)) $(if $(TOKENS),--tokens $(TOKENS)) $(if $(RANKS),--ranks $(RANKS)) \
-	  $(if $(BUDGET),budget.usd=$(BUDGET)) $(if $(DEADLINE),budget.deadline_hours=$(DEADLINE)) $(if $(DRYRUN),--dry-run) $(SET)
+ifeq ($(CLOUD),local)
+pretrain: .venv/.installed-train,data ## train a model: on this machine, or on CLOUD=aws
+	$(CASALLM) pretrain $(SIZE) $(RUN_OPTION) $(RANKS_OPTION) $(LIMITS) $(DRY) $(SET)
+else
+pretrain: .venv/.installed-cloud
+	$(LAUNCH) up pretrain $(SIZE) $(RUN_OPTION) $(RANKS_OPTION) $(RENT) $(SET)
+endif
 
 prepare: .venv/.installed-train,data ## turn documents (DATA=) into shards (OUT=)
 	$(CASALLM) prepare $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT)) $(SET)
 
 estimate-cost: .venv/.installed-core ## hours and dollars, with a range, by offer (PARAMS=1.2B or BUDGET=100)
-	$(CASALLM) estimate $(if $(PARAMS),--params $(PARAMS)) $(if $(PRESET),--preset $(PRESET)) $(if $(TOKENS),--tokens $(TOKENS)) \
-	  $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) $(if $(REGION),--region $(REGION)) \
+	$(CASALLM) estimate $(if $(PARAMS),--params $(PARAMS)) $(if $(PRESET),--preset $(PRESET)) \
+	  $(if $(TOKENS),--tokens $(TOKENS)) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) \
+	  $(if $(REGION),--region $(REGION)) $(if $(filter 0,$(SPOT)),--on-demand) \
 	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEADLINE),--deadline $(DEADLINE))
 
 report: .venv/.installed-train,data ## write the report of a run again
@@ -58,20 +76,26 @@ verify: .venv/.installed-train,data ## check every checkpoint of a run
 runs: .venv/.installed-train,data ## list the runs
 	$(CASALLM) runs
 
-test: .venv/.installed-train,data,dev ## the test suite, a few minutes on two cores
+status logs down: .venv/.installed-cloud ## what runs in the cloud, what it says, and its end (RUN=)
+	$(LAUNCH) $@ $(RUN)
+
+test: .venv/.installed-$(TESTED) ## the test suite, a few minutes on two cores
 	.venv/bin/python -m pytest -q -n 2 -m "not slow and not gpu and not network"
 
-test-all: .venv/.installed-train,data,dev ## the slow tests too
+test-all: .venv/.installed-$(TESTED) ## the slow tests too
 	.venv/bin/python -m pytest -q -m "not gpu and not network"
 
-lint: .venv/.installed-train,data,dev ## formatting, lint and types
+lint: .venv/.installed-$(TESTED) ## formatting, lint and types
 	.venv/bin/ruff format --check . && .venv/bin/ruff check . && .venv/bin/mypy
 
-bench: .venv/.installed-train,data,dev ## the benchmarks that claims in the documentation rest on
+bench: .venv/.installed-$(TESTED) ## the benchmarks that claims in the documentation rest on
 	for script in benchmarks/*.py; do .venv/bin/python $$script; done
 
-chaos: .venv/.installed-train,data,dev ## the fault campaign (SEED= COUNT= ONLY= OUT=)
+chaos: .venv/.installed-$(TESTED) ## the fault campaign (SEED= COUNT= ONLY= OUT=)
 	.venv/bin/python -m tests.chaos
+
+e2e: .venv/.installed-$(TESTED) ## whole runs in a simulated cloud of this machine (needs root)
+	CASALLM_E2E=1 .venv/bin/python -m pytest -q tests/simcloud
 
 clean: ## remove .venv and caches; runs/ and data/ stay
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache *.egg-info

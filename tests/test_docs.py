@@ -13,8 +13,9 @@ from casallm.train.run import PRESETS
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/**/*.md")])
-TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-VARIABLES = set(re.findall(r"^([A-Z]+)\s*\?=", (ROOT / "Makefile").read_text(), re.MULTILINE))
+MAKEFILE = (ROOT / "Makefile").read_text()
+TARGETS = set(" ".join(re.findall(r"^([a-z][a-z0-9 -]*):", MAKEFILE, re.MULTILINE)).split())
+VARIABLES = set(re.findall(r"^([A-Z]+)\s*\?=", MAKEFILE, re.MULTILINE))
 
 
 def shell_lines() -> list[tuple[str, str]]:
@@ -83,7 +84,9 @@ def test_the_tree_in_the_readme_is_the_tree():
             path = ROOT / (folder + name if is_inside else name)
             assert path.exists(), path
             named.add(path.name)
-    packages = {path.name for path in (ROOT / "casallm").iterdir() if (path / "__init__.py").exists()}
+    packages = {
+        path.name for path in (ROOT / "casallm").iterdir() if (path / "__init__.py").exists()
+    }
     assert packages <= named
 
 
