@@ -26,6 +26,17 @@ from casallm.errors import DataError
 MIN_TO_HOLD_OUT = 10
 """A source with fewer conversations has none to spare for validation."""
 
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    ValueError,
+    KeyError,
+    TypeError,
+    NotImplementedError,
+    zipfile.BadZipFile,
+)
+"""What numpy and zipfile raise on a file that is cut or altered."""
+
 Ids = NDArray[np.unsignedinteger[Any]]
 
 
@@ -129,7 +140,7 @@ def load_mixture(path: Path) -> Mixture:
             return _from_arrays({name: arrays[name] for name in arrays.files}, path)
     except FileNotFoundError:
         raise DataError(f"there is no mixture {path}: build it again") from None
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path} is damaged or no mixture ({error}): build it again") from None
 
 
