@@ -83,8 +83,8 @@ def submit_job(task: Mapping[str, Any], name: str) -> int:
     return int(job_ids[0])
 
 
-def launch_cluster(task: Mapping[str, Any], name: str, *, wait_hours: float) -> int:
-    """Start a task on machines of its own that end themselves when idle; the job's number.
+def launch_cluster(task: Mapping[str, Any], name: str, *, wait_hours: float) -> None:
+    """Start a task on machines of its own that end themselves when idle.
 
     Waits up to `wait_hours` for machines; then nothing of them is left and CloudError says so.
     """
@@ -93,11 +93,10 @@ def launch_cluster(task: Mapping[str, Any], name: str, *, wait_hours: float) -> 
         made = sky.Task.from_yaml_config(dict(task))
         request = sky.launch(made, cluster_name=name, retry_until_up=wait_hours > 0)
     try:
-        job_id, _ = _finish(request, seconds=3600 * wait_hours + SUBMIT_SECONDS, what="launching")
+        _finish(request, seconds=3600 * wait_hours + SUBMIT_SECONDS, what="launching")
     except CloudError:
         end_cluster(name)
         raise
-    return int(job_id)
 
 
 def settle(name: str) -> None:
@@ -327,8 +326,14 @@ def _explained() -> Iterator[None]:
         raise CloudError(
             f"SkyPilot's API server stopped ({_first_sentence(error)}): run the same command again"
         ) from None
-    except (RuntimeError, ValueError, exceptions.CommandError) as error:
+    except (RuntimeError, ValueError, *_own_errors(exceptions)) as error:
         raise CloudError(f"SkyPilot: {_first_sentence(error)}") from None
+
+
+def _own_errors(module: Any) -> tuple[type[Exception], ...]:
+    """Every exception that SkyPilot defines; they have no common parent."""
+    defined = vars(module).values()
+    return tuple(each for each in defined if isinstance(each, type) and issubclass(each, Exception))
 
 
 def _first_sentence(error: BaseException) -> str:

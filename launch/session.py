@@ -136,7 +136,7 @@ def _accompany(plan: Plan, environment: dict[str, str], say: Say) -> int:
         folder = Path("runs") / url.rpartition("/")[2]
         files = bring_home(url, folder)
         say(f"{len(files)} files of it are in {folder}")
-    elif environment.get("NOTIFY"):
+    elif environment.get("NOTIFY") and not ending.was_told:
         node.notify(environment["NOTIFY"], f"casallm: {url}: {ending.reason}")
     result = tear_down(url, cloud=plan.request.cloud)
     say(result.text(_paid(url)))

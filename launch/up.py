@@ -25,7 +25,7 @@ from launch.tasks import Overrides, Tree, load_task, override
 
 log = logging.getLogger(__name__)
 
-SHARDS = "~/casallm-shards"
+SHARDS = "/tmp/casallm-shards"
 """Where SkyPilot copies prepared data to on the node."""
 
 FOLLOW_SECONDS, ASK_SECONDS = 10.0, 60.0
@@ -46,13 +46,16 @@ class Ending:
 
     has_succeeded: bool
     reason: str
+    was_told: bool = True
+    """Whether the node itself had the chance to tell the webhook."""
 
 
 def launch_plan(plan: Plan, environment: Mapping[str, str]) -> cluster.Standing:
     """Have the plan running, whatever an earlier, killed start left behind."""
     cluster.settle(plan.name)
-    reconcile(plan)
     current = cluster.standing(plan.name)
+    if not current.is_live:
+        reconcile(plan)
     if current.is_live and (current.kind == "job" or cluster.cluster_job_status(plan.name)):
         log.info("%s runs already (%s): it is not started twice", plan.name, current.status)
         return current
@@ -69,13 +72,11 @@ def launch_plan(plan: Plan, environment: Mapping[str, str]) -> cluster.Standing:
 
 
 def reconcile(plan: Plan) -> list[aws.Leftover]:
-    """End the machines of this run that SkyPilot does not know of; what they were."""
+    """End what carries the label of a run that SkyPilot does not run; what that was."""
     if plan.request.cloud != "aws":
         return []
     regions = sorted({candidate.offer.region for candidate in plan.candidates})
     found = aws.leftovers(regions, run_labels(plan.request.run_url))
-    if not found or cluster.standing(plan.name).is_live:
-        return []
     for each in found:
         log.warning("an earlier start left %s behind: it is ended", each)
         if each.kind != "volume":
@@ -157,6 +158,12 @@ def follow(plan: Plan) -> Ending:
             log.info("%s", words)
             said = words
         is_unknown = current.kind == "none" and time.monotonic() - began > START_PATIENCE_SECONDS
+        if not progress.attempts and time.monotonic() - began > 3600 * CAPACITY_HOURS:
+            end(plan)
+            raise CloudError(
+                f"no machine began within {CAPACITY_HOURS:g} hours, so {plan.name} was ended: run"
+                " the same command again, or add REGION=, GPU= or SPOT=0"
+            )
         if job.startswith(("FAILED", "CANCELLED", "SUCCEEDED")) or is_unknown:
             return _ended(_progress(url), job, current)
         time.sleep(FOLLOW_SECONDS)
@@ -239,7 +246,8 @@ def _ended(progress: RunProgress, job: str, current: cluster.Standing) -> Ending
     if progress.finished is not None:
         return Ending(True, progress.finished)
     said = progress.last or current.details or "it never began"
-    return Ending(False, f"the job ended ({job or 'its machines are gone'}): {said}")
+    reason = f"the job ended ({job or 'its machines are gone'}): {said}"
+    return Ending(False, reason, was_told=job.startswith("FAILED"))
 
 
 def environment_of_this_process() -> dict[str, str]:

@@ -52,7 +52,8 @@ def missing_for_nodes() -> str | None:
 class SimulatedCloud:
     """One AWS account with nothing in it, and a home folder whose SkyPilot uses it."""
 
-    def __init__(self, folder: Path, *, has_nodes: bool) -> None:
+    def __init__(self, folder: Path, *, has_nodes: bool, **extra: str) -> None:
+        self._extra = extra
         self.folder = folder
         self.home = folder / "home"
         self.has_nodes = has_nodes
@@ -79,6 +80,7 @@ class SimulatedCloud:
             "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
             "SIMCLOUD_ROOT": str(self.image_root),
             "SIMCLOUD_MARK": str(self.folder),
+            **self._extra,
         }
 
     def start(self) -> None:

@@ -16,7 +16,27 @@ def _patch_network_check(module):
     module._TEST_IP_LIST = [os.environ["AWS_ENDPOINT_URL"]]
 
 
+def _patch_bringup(module):
+    """Instances are reported as machines on which everything has been set up and started."""
+    from sky.provision import common
+
+    run_instances = module.run_instances
+    ready = dict.fromkeys(_READY, True) | dict.fromkeys(_ABSENT, False)
+
+    def run_instances_only(*arguments, **keywords):
+        record = run_instances(*arguments, **keywords)
+        record.runtime_metadata = common.ProvisionRuntimeMetadata(**ready)
+        return record
+
+    module.run_instances = run_instances_only
+
+
+_READY = ("runtime_setup_done", "workdir_synced", "file_mounts_synced", "setup_done", "run_started")
+_ABSENT = ("has_ray", "has_skylet", "has_job_queue", "ssh_available")
+
 PATCHES = {"sky.backends.backend_utils": _patch_network_check}
+if os.environ.get("SIMCLOUD_SKIP_BRINGUP"):
+    PATCHES["sky.provision.aws.instance"] = _patch_bringup
 
 
 class _Patcher(importlib.abc.MetaPathFinder):

@@ -1,0 +1,90 @@
+from casallm.storage.store import open_store
+from launch.up import SHARDS, bring_home, prepare_task, three_commands, train_task
+
+KEYS = {
+    "WANDB_API_KEY": "w",
+    "HF_TOKEN": "h",
+    "AWS_ACCESS_KEY_ID": "a",
+    "AWS_SECRET_ACCESS_KEY": "s",
+}
+
+
+def test_the_task_carries_the_plan_to_the_node(plan_of):
+    plan = plan_of(
+        run="s3://ours/x", preset="350m", budget="80", deadline="20h", region="us-east-1"
+    )
+
+    task = train_task(plan, {})
+
+    assert task["name"] == plan.name
+    assert task["envs"]["RUN"] == "s3://ours/x"
+    assert (task["envs"]["BUDGET"], task["envs"]["DEADLINE"]) == ("80", "20")
+    assert task["envs"]["OFFERS"].startswith("aws/us-east-1/p4d.24xlarge=6.28")
+    assert task["resources"]["max_hourly_cost"] == plan.max_hourly_usd
+    assert task["resources"]["labels"]["casallm-run"] == plan.name
+    assert [each["infra"] for each in task["resources"]["ordered"]] == ["aws/us-east-1"] * 3
+
+
+def test_machines_in_aws_get_no_keys_of_aws(plan_of):
+    task = train_task(plan_of(), KEYS)
+
+    assert task["secrets"]["WANDB_API_KEY"] == "w"
+    assert task["secrets"]["AWS_ACCESS_KEY_ID"] == ""
+
+
+def test_machines_elsewhere_get_the_keys_of_the_bucket_as_secrets(plan_of):
+    task = train_task(plan_of(cloud="lambda", is_spot=False, gpu="A100:8"), KEYS)
+
+    assert task["secrets"]["AWS_SECRET_ACCESS_KEY"] == "s"
+    assert "s" not in task["envs"].values()
+
+
+def test_shards_of_a_bucket_are_copied_to_the_node_and_trained_on_there(plan_of):
+    task = train_task(plan_of(data="s3://ours/data/fineweb"), {})
+
+    assert task["file_mounts"] == {SHARDS: {"source": "s3://ours/data/fineweb", "mode": "COPY"}}
+    assert task["envs"]["DATA"] == SHARDS
+
+
+def test_documents_are_prepared_with_the_vocabulary_of_the_model(plan_of):
+    plan = plan_of(preset="tiny", data="fineweb-edu", bucket="s3://ours")
+
+    task = prepare_task(plan, KEYS)
+
+    assert task["envs"]["DATA"] == "fineweb-edu"
+    assert task["envs"]["OUT"] == "s3://ours/data/fineweb-edu"
+    assert task["envs"]["VOCAB_SIZE"] == "4096"
+    assert "WANDB_API_KEY" not in task["secrets"]
+
+
+def test_several_nodes_ask_for_the_fast_network(plan_of):
+    task = train_task(plan_of(nodes=2), {})
+
+    assert (task["num_nodes"], task["resources"]["network_tier"]) == (2, "best")
+
+
+def test_what_comes_home_is_the_report_and_the_model_and_no_checkpoint(tmp_path):
+    run = open_store(str(tmp_path / "run"))
+    kept = [
+        "config.yaml",
+        "finished.json",
+        "metrics.jsonl",
+        "model/model.safetensors",
+        "report.html",
+    ]
+    for name in [*kept, "checkpoints/step-00000001-a1/manifest.json", "attempts/000001/x.json"]:
+        run.write(name, name.encode())
+
+    bring_home(run.url, tmp_path / "home")
+
+    home = tmp_path / "home"
+    assert sorted(str(p.relative_to(home)) for p in home.rglob("*") if p.is_file()) == kept
+
+
+def test_leaving_prints_the_three_commands_that_matter():
+    assert three_commands("s3://ours/x") == (
+        "it goes on without this computer:\n"
+        "  make status RUN=s3://ours/x\n"
+        "  make logs RUN=s3://ours/x\n"
+        "  make down RUN=s3://ours/x"
+    )
