@@ -68,8 +68,7 @@ class Tokenizer:
         self, name: str, *, pattern: str, ranks: dict[bytes, int], reserved: dict[str, int]
     ) -> None:
         """`reserved`: special tokens that the vocabulary had before our six, which stay unused."""
-        import tiktoken
-
+        tiktoken = _import_tiktoken()
         self.name = name
         self.pattern = pattern
         self.ranks = ranks
@@ -297,8 +296,7 @@ def _from_parts(
 
 
 def _get_encoding(name: str, seconds: float) -> Any:
-    import tiktoken
-
+    tiktoken = _import_tiktoken()
     outcome: list[Any] = []
 
     def fetch() -> None:
@@ -318,6 +316,14 @@ def _get_encoding(name: str, seconds: float) -> Any:
         f"the vocabulary {name} could not be downloaded ({reason}): point TIKTOKEN_CACHE_DIR at a"
         " folder that holds it, or use tokenizer.name=trained"
     )
+
+
+def _import_tiktoken() -> Any:
+    try:
+        import tiktoken
+    except ImportError:
+        raise MissingExtraError("tiktoken", "data") from None
+    return tiktoken
 
 
 def _import_tokenizers() -> Any:

@@ -2,7 +2,9 @@
 
 Only what decides ids passes through here: the pattern that splits text into words, the rank of
 every token's bytes, and the special tokens. Merges are derived from the ranks, so that the
-`tokenizers` library, which merges by them, gives the ids that tiktoken gives by ranks.
+`tokenizers` library, which merges by them, gives the ids that tiktoken gives by ranks. One thing
+differs: that library reads a special token spelled out in text as the special token, unless it is
+told `encode_special_tokens`; ours reads it as text.
 """
 
 from typing import Any

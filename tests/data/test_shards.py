@@ -82,6 +82,7 @@ def test_a_long_unit_fills_several_shards_and_cuts_no_document(tmp_path, monkeyp
     assert loaded == [documents[0] + documents[1] + documents[2], documents[3], documents[4]]
 
 
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 30), min_size=1), st.integers(1, 40), st.integers(1, 9))
 def test_where_shards_end_does_not_depend_on_the_batches(lengths, shard_tokens, at_a_time):
     documents = [[0] + [1] * (n - 1) for n in lengths]
