@@ -78,7 +78,7 @@ def preflight(plan: Plan, around: Surroundings) -> Findings:
 
 def check_skypilot() -> Findings:
     """SkyPilot is here, in the version we speak, with the `aws` command that it needs."""
-    fix = "run `make setup EXTRAS=train,data,cloud`"
+    fix = "run `make setup EXTRAS=cloud`"
     try:
         version = importlib.metadata.version("skypilot")
     except importlib.metadata.PackageNotFoundError:

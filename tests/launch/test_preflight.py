@@ -142,11 +142,9 @@ def test_skypilot_that_is_missing_or_too_new_is_told_with_the_install_command(mo
     monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.15.2")
     other = check_skypilot()
 
-    assert missing.problems == (
-        "SkyPilot is not installed: run `make setup EXTRAS=train,data,cloud`",
-    )
+    assert missing.problems == ("SkyPilot is not installed: run `make setup EXTRAS=cloud`",)
     assert other.problems == (
-        "SkyPilot is 0.15.2, but casallm speaks 0.14: run `make setup EXTRAS=train,data,cloud`",
+        "SkyPilot is 0.15.2, but casallm speaks 0.14: run `make setup EXTRAS=cloud`",
     )
 
 
