@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 from casallm.errors import CloudError, MissingExtraError
@@ -46,7 +47,6 @@ _LIVE_JOB = (
     "RECOVERING",
     "CANCELLING",
 )
-_DONE_JOB = ("SUCCEEDED",)
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ class Standing:
     def is_live(self) -> bool:
         """Whether it goes on by itself, or holds machines."""
         return self.kind == "cluster" or self.status in _LIVE_JOB
-
-    @property
-    def has_succeeded(self) -> bool:
-        """Whether a managed job ended well."""
-        return self.status in _DONE_JOB
 
 
 def submit_job(task: Mapping[str, Any], name: str) -> int:
@@ -268,17 +263,16 @@ class _NoControllerError(CloudError):
     """There is no controller of managed jobs, so there are none."""
 
 
+@cache
 def _sky() -> Any:
-    """SkyPilot, with our settings applied."""
+    """SkyPilot, with our settings applied once a process."""
     try:
         import sky
         import sky.jobs
         from sky import skypilot_config
     except ImportError:
         raise MissingExtraError("skypilot", "cloud") from None
-    if not getattr(_sky, "is_configured", False):
-        skypilot_config.apply_cli_config(list(CONFIG))
-        _sky.is_configured = True  # type: ignore[attr-defined]  # once a process
+    skypilot_config.apply_cli_config(list(CONFIG))
     return sky
 
 

@@ -1,0 +1,41 @@
+import pytest
+
+from casallm.errors import CloudError
+from launch.preflight import Findings
+from launch.request import LaunchRequest, cluster_name
+from launch.session import Choices, confirm, run_up, with_account
+
+
+def test_problems_stop_before_the_question_and_show_the_plan_first(bare_laptop):
+    said = []
+
+    with pytest.raises(CloudError) as refused:
+        run_up(LaunchRequest(), Choices(is_sure=True, is_dirty_allowed=True), say=said.append)
+
+    assert said[0].startswith("casallm pretrain: 350m on aws\n")
+    assert "run `aws configure`" in str(refused.value)
+
+
+def test_a_key_in_the_environment_is_neither_shown_nor_logged(bare_laptop, capfd, caplog):
+    for name in ("WANDB_API_KEY", "HF_TOKEN"):
+        bare_laptop.setenv(name, "canary-1234567890")
+    said = []
+
+    with pytest.raises(CloudError) as refused:
+        run_up(LaunchRequest(), Choices(notify="https://x/canary-1234567890"), say=said.append)
+
+    output = capfd.readouterr()
+    everything = [*said, str(refused.value), output.out, output.err, caplog.text, repr(Findings())]
+    assert not [text for text in everything if "canary" in text]
+
+
+def test_nobody_is_asked_where_nobody_can_answer():
+    with pytest.raises(CloudError, match="nobody can be asked here: add --yes"):
+        confirm("Launch it?")
+
+
+def test_the_default_bucket_is_the_accounts_own(account):
+    request = with_account(LaunchRequest(run="x"))
+
+    assert request.run_url == "s3://casallm-123456789012/x"
+    assert cluster_name(request.run_url).startswith("casallm-x-")
