@@ -67,11 +67,12 @@ def heading(estimate: Estimate, *, width: int = 100) -> str:
 def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str]:
     """What a reader must know to believe the table, a sentence or two each."""
     found = ["Ranges hold eight of ten runs; hours count from the first boot to the end."]
-    low, middle, high = loss_range(estimate.n_params, estimate.tokens)
-    found.append(
-        f"Expected loss {middle:.2f} ({low:.2f} to {high:.2f}) nats a token by Chinchilla's law as"
-        " refitted by Besiroglu et al. 2024, on Chinchilla's text."
-    )
+    if estimate.tokens >= estimate.n_params:
+        low, middle, high = loss_range(estimate.n_params, estimate.tokens)
+        found.append(
+            f"Expected loss {middle:.2f} ({low:.2f} to {high:.2f}) nats a token by Chinchilla's law"
+            " as refitted by Besiroglu et al. 2024, on Chinchilla's text."
+        )
     p4d = next((e for e in estimate.offers if _is_p4d_on_demand(e)), None)
     if p4d is not None:
         found.append(_explain_old_price(estimate, p4d))

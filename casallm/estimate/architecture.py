@@ -195,7 +195,8 @@ def _vocabs_for_params(n_params: int) -> list[int]:
 def _candidates(n_params: int, vocab_size: int) -> Iterator[ModelConfig]:
     is_tied = n_params < TIED_BELOW
     for d_model in range(128, 32_768 + 1, 128):
-        if d_model * vocab_size > n_params:
+        # A block has at least ten squares of the width, and no model rounds to one block.
+        if d_model * vocab_size + 15 * d_model**2 > n_params:
             return
         for d_ff in (_swiglu_width(d_model) + 128 * k for k in range(-2, 3)):
             if not 2 * d_model <= d_ff <= 4 * d_model:

@@ -38,6 +38,9 @@ PRICE_GIVEN = "price given"
 PATIENCE_HOURS = 7 * 24.0
 """Without a deadline, offers that take longer than a week are not recommended."""
 
+_TOLERANCE = 4.0
+"""How much slower than the fastest a cheaper offer may be where all are too slow."""
+
 
 @dataclass(frozen=True)
 class EstimateRequest:
@@ -232,16 +235,16 @@ def _price_all(
 ) -> tuple[list[OfferEstimate], int]:
     """Every candidate that holds the model, priced, and how many do not."""
     priced: list[OfferEstimate] = []
-    refusals: list[ConfigError] = []
+    refusals: list[tuple[int, ConfigError]] = []
     for offer, is_spot in candidates:
         try:
             job = _job(request, offer, is_spot, config, tokens)
         except ConfigError as error:
-            refusals.append(error)
+            refusals.append((offer.n_gpus * offer.hardware.memory_bytes, error))
             continue
         priced.append(OfferEstimate(job, price_job(job)))
     if not priced:
-        raise refusals[-1]
+        raise max(refusals, key=lambda refusal: refusal[0])[1]
     return priced, len(refusals)
 
 
@@ -254,26 +257,43 @@ def _rank(
     in_time = [each for each in by_usd if each.bill.hours.p90 <= limit]
     if chosen is not None:
         best = next(e for e in by_usd if (e.job.offer, e.job.is_spot) == chosen)
-        reason = _budget_reason(request, len(priced))
+        reason = _budget_reason(request, best, len(priced))
     elif in_time:
         best = in_time[0]
         reason = _cheapest_reason(best, by_usd, in_time, limit, request.deadline_hours)
     else:
-        best = min(by_usd, key=lambda each: each.bill.hours.p90)
-        reason = (
-            f"no offer surely ends within {limit:.0f} h: this is the fastest, nine of ten such runs"
-            f" end within {best.bill.hours.p90:.0f} h"
-        )
+        best, reason = _too_slow(by_usd, limit, has_deadline=request.deadline_hours is not None)
     if request.budget_usd is not None and best.bill.usd.p90 > request.budget_usd:
         reason += f"; it may cost more than the budget of {format_usd(request.budget_usd)}"
     return [best, *(each for each in by_usd if each is not best)], reason
 
 
-def _budget_reason(request: EstimateRequest, n_offers: int) -> str:
-    within = f"{format_usd(request.budget_usd or math.inf)}"
+def _too_slow(
+    by_usd: list[OfferEstimate], limit: float, *, has_deadline: bool
+) -> tuple[OfferEstimate, str]:
+    """The offer to take when none ends in time: the fastest, or what is cheap and nearly so."""
+    fastest = min(by_usd, key=lambda each: each.bill.hours.p90)
+    unsure = f"no offer surely ends within {limit:g} h"
+    if has_deadline:
+        ends = f"nine of ten such runs end within {fastest.bill.hours.p90:.0f} h"
+        return fastest, f"{unsure}: this is the fastest, {ends}"
+    slowest = _TOLERANCE * fastest.bill.hours.p50
+    best = next(each for each in by_usd if each.bill.hours.p50 <= slowest)
+    bound = f"at most {_TOLERANCE:g} times as slow as the fastest"
+    return best, f"{unsure}: of those {bound} it is the cheapest"
+
+
+def _budget_reason(request: EstimateRequest, best: OfferEstimate, n_offers: int) -> str:
+    budget = request.budget_usd or math.inf
+    within = format_usd(budget)
     if request.deadline_hours:
         within += f" and {request.deadline_hours:g} h"
-    return f"of {n_offers} offers it buys the lowest expected loss for {within} in nine of ten runs"
+    reason = (
+        f"of {n_offers} offers it buys the lowest expected loss for {within}, nine times in ten"
+    )
+    if best.bill.usd.p90 < 0.8 * budget:
+        reason += "; more money needs more machines or more time: add --nodes or --deadline"
+    return reason
 
 
 def _cheapest_reason(

@@ -5,10 +5,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from casallm.estimate.architecture import NAMED_SIZES, ModelConfig
 from casallm.estimate.hardware import GPUS
 from casallm.estimate.prices import Offer, Prices
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 def offer(

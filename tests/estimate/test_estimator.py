@@ -51,6 +51,19 @@ def test_when_nothing_is_fast_enough_the_fastest_is_named(few_prices):
     assert answer.reason.startswith("no offer surely ends within")
 
 
+def test_without_a_deadline_a_long_run_need_not_be_the_dearest(few_prices):
+    answer = ask("1.3b", few_prices, tokens=10**12)
+
+    assert answer.offers[0].name == "aws p4d.24xlarge spot"
+    assert "at most 4 times as slow as the fastest it is the cheapest" in answer.reason
+
+
+def test_money_that_cannot_be_spent_in_time_is_said(few_prices):
+    answer = ask(None, few_prices, budget_usd=10**6, deadline_hours=10)
+
+    assert answer.reason.endswith("add --nodes or --deadline")
+
+
 def test_offers_that_do_not_hold_the_model_are_counted(few_prices):
     answer = ask("1.3b", few_prices)
 
