@@ -7,6 +7,7 @@ The short forms that `make test` runs are in `test_campaigns`.
 import random
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from casallm.train.checkpoint import fetch, list_checkpoints, newest_good
 from casallm.train.journal import merged_metrics
 from tests.faults.fault_store import KINDS, Crash, Fault, FaultStore, Turns, World
 from tests.faults.tiny_run import STEPS, Session, is_right
+from tests.faults.worker import durable_step, start_local, wait_for_progress
 
 CALLS = 90
 """Faults strike within the first so many calls of a process: a start and three saves."""
@@ -86,6 +88,22 @@ def bit_flips(count: int, seed: int, directory: Path) -> Result:
         path.write_bytes(flipped)
         _check_flip(run, path, position, directory, result)
         path.write_bytes(data)
+    return result
+
+
+def kill_while_saving(count: int, seed: int, directory: Path) -> Result:
+    """SIGKILL at a random instant of a process that does nothing but save to a local disk."""
+    source = random.Random(seed)
+    result = Result()
+    run, progress = directory / "run", directory / "progress"
+    while result.faults < count:
+        process = start_local(run, progress)
+        wait_for_progress(process, progress)
+        time.sleep(source.uniform(0.0, 0.05))
+        process.kill()
+        process.join()
+        result.faults += 1
+        _check_killed(LocalStore(run), durable_step(progress), directory, result)
     return result
 
 
@@ -208,6 +226,17 @@ class _SimulatedRun:
         return good
 
 
+def _check_killed(run: LocalStore, promised: int, directory: Path, result: Result) -> None:
+    newest = newest_good(run, directory)
+    step = newest.name.step if newest else 0
+    if step < promised or (newest and not is_right(newest)):
+        result.broken.append(f"kill {result.faults}: {promised} was promised, {step} is left")
+    trained = [line["step"] for line in merged_metrics(run)]
+    if trained[:step] != list(range(1, step + 1)):
+        result.broken.append(f"kill {result.faults}: the metrics do not tell each step once")
+    result.details["steps"] = step
+
+
 def _check_flip(
     run: LocalStore, path: Path, position: int, directory: Path, result: Result
 ) -> None:
@@ -242,6 +271,7 @@ CAMPAIGNS: dict[str, tuple[Campaign, int]] = {
     "commit-protocol": (commit_protocol, 10_000),
     "interleaving": (interleaving, 1_000),
     "bit-flips": (bit_flips, 1_000),
+    "kill-while-saving": (kill_while_saving, 100),
     "claim-race": (claim_race, 100),
 }
 """Each campaign, and how many faults it injects unless told otherwise."""

@@ -8,9 +8,10 @@
     delayed        the call fails; it takes effect at some later moment, after other calls
     overtaken      the process sleeps while another one starts, works and ends; then it goes on
 
-Reads know crash_before, unavailable and overtaken alone. A journal's object is written again and
-again under one name, so that a delayed write of it would be an older one overtaking a newer: no
-store lets a request outlive its connection by that much, and none is simulated.
+Reads know crash_before, unavailable and overtaken alone. A journal is one object that is replaced
+again and again: stores replace an object whole, and an older request does not overtake a newer of
+the same connection, so that journals are neither torn nor delayed here. Everything that is written
+once under its name is.
 """
 
 import random
@@ -152,8 +153,10 @@ class FaultStore:
         def effect(content: bytes = data) -> None:
             self._world.objects[name] = content
 
-        delayed = None if name.startswith("attempts/") else effect
-        self._writing(effect, lambda: effect(data[: len(data) // 2]), delayed_effect=delayed)
+        if name.startswith("attempts/"):
+            self._writing(effect, None, delayed_effect=None)
+        else:
+            self._writing(effect, lambda: effect(data[: len(data) // 2]), delayed_effect=effect)
 
     def create(self, name: str, data: bytes) -> None:
         check_name(name)
@@ -200,10 +203,9 @@ class FaultStore:
         delayed_effect: Callable[[], None] | None,
     ) -> None:
         kind = self._next_fault()
-        if kind == "crash_before":
-            raise Crash
         if kind == "torn" and torn_effect:
             torn_effect()
+        if kind in ("crash_before", "torn"):
             raise Crash
         if kind == "unavailable" or (kind == "delayed" and delayed_effect is None):
             raise StoreError("the store cannot be reached")
@@ -211,7 +213,7 @@ class FaultStore:
             self._world.delayed.append(lambda: _quietly(delayed_effect))
             raise StoreError("the store did not answer")
         effect()
-        if kind in ("crash_after", "torn"):
+        if kind == "crash_after":
             raise Crash
         if kind == "lost_ack":
             raise StoreError("the store did not answer")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import boto3
 
-SMALL = {"S3_UPLOAD_PART_MIN_SIZE": "1024", "MOTO_S3_DEFAULT_MAX_KEYS": "50"}
+SMALL = {"S3_UPLOAD_PART_MIN_SIZE": "64", "MOTO_S3_DEFAULT_MAX_KEYS": "50"}
 """For moto: parts may be small and listings have many pages, so that tests need little data."""
 
 CREDENTIALS = {

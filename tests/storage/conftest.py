@@ -2,9 +2,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.fixtures import credentials, s3, s3_on_disk, stop_servers
+from tests.faults.fixtures import credentials, memory_path, s3, s3_on_disk, stop_servers
 
-__all__ = ["credentials", "s3", "s3_on_disk"]
+__all__ = ["credentials", "memory_path", "s3", "s3_on_disk"]
 
 
 @pytest.fixture(scope="session", autouse=True)
