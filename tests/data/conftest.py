@@ -7,14 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from casallm.data.prepare import prepare
 from casallm.data.shards import Dataset
 from casallm.data.sources import open_source
-
-settings.register_profile("busy", deadline=None)  # other programs may have the cores
-settings.load_profile("busy")
 
 PROSE = (
     "the model reads a page of text and learns what comes next while every page that it has not"
