@@ -218,5 +218,6 @@ def _print(answer: "Estimate", *, explain: bool) -> None:
         return
     console.print(form.heading(answer, width=console.width) + "\n", markup=False)
     console.print(form.rich_table(answer, width=console.width))
+    console.print()
     for note in form.notes(answer):
         console.print(note, style="dim", markup=False)

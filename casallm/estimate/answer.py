@@ -36,7 +36,7 @@ def format_table(
 ) -> str:
     """The whole answer as plain text, no line longer than `width`."""
     rows = _table(estimate, width)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = _widths(rows)
     lines = [_heading(estimate, width), ""]
     for row in rows:
         cells = [row[0].ljust(widths[0])]
@@ -163,11 +163,17 @@ def _table(estimate: Estimate, width: int) -> list[list[str]]:
     """Header and rows; narrower widths leave columns out."""
     header = ["  machine", "where", "$/h", "tokens/s", "MFU", "hours", "dollars"]
     rows = [header, *(_row(each, each is estimate.offers[0]) for each in _shown(estimate))]
-    for column, needed in (("where", 100), ("MFU", 84)):
-        if width < needed:
-            i = rows[0].index(column)
-            rows = [row[:i] + row[i + 1 :] for row in rows]
+    for column in ("where", "MFU", "tokens/s", "$/h"):
+        if sum(_widths(rows)) + 2 * (len(rows[0]) - 1) <= width:
+            break
+        i = rows[0].index(column)
+        rows = [row[:i] + row[i + 1 :] for row in rows]
     return rows
+
+
+def _widths(rows: list[list[str]]) -> list[int]:
+    """The longest cell of every column."""
+    return [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
 
 
 def _shown(estimate: Estimate) -> list[OfferEstimate]:
@@ -186,7 +192,7 @@ def _row(each: OfferEstimate, is_recommended: bool) -> list[str]:
         format_count(each.job.rate.p50),
         f"{each.mfu:.0%}",
         _hours_with_range(bill.hours),
-        f"{format_usd(bill.usd.p50)} ({_range(bill.usd, '-')})",
+        f"{_dollars(bill.usd.p50)} ({_dollars(bill.usd.p10)}-{_dollars(bill.usd.p90)})",
     ]
 
 
@@ -311,8 +317,15 @@ def _hours_with_range(hours: Interval) -> str:
     return f"{hours.p50:,.{digits}f} ({hours.p10:,.{digits}f}-{hours.p90:,.{digits}f})"
 
 
-def _range(usd: Interval, between: str = " to ") -> str:
-    return f"{format_usd(usd.p10)}{between}{format_usd(usd.p90)}"
+def _dollars(usd: float) -> str:
+    """As short as a table needs: $6.30, $154, $1,025, $437K."""
+    if usd >= 10_000:
+        return f"${format_count(usd)}"
+    return f"${usd:,.0f}" if usd >= 10 else f"${usd:.2f}"
+
+
+def _range(usd: Interval) -> str:
+    return f"{format_usd(usd.p10)} to {format_usd(usd.p90)}"
 
 
 def _wrap(text: str, width: int, *, indent: int = 0) -> str:
