@@ -22,6 +22,9 @@ from casallm.errors import CasallmError, ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from casallm.train.nodes import Place
+    from casallm.train.stage import Request
+
 app = typer.Typer(
     name="casallm",
     help="Train your own language model, know beforehand what it costs, talk to it.",
@@ -44,6 +47,18 @@ RunArgument = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Any setting, such as optim.lr=3e-4."),
+]
+Ranks = Annotated[
+    int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or one.")
+]
+Nodes = Annotated[int, typer.Option(min=1, help="Machines that train together.")]
+NodeRank = Annotated[int, typer.Option(min=0, help="Which of them this one is.")]
+MasterAddress = Annotated[str, typer.Option(help="Address of node 0.")]
+AllowChanges = Annotated[
+    bool, typer.Option("--allow-changes", help="Resume although the settings differ.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -98,44 +113,63 @@ def pretrain(
     tokens: Annotated[
         str | None, typer.Option(help="How many tokens to train on, such as 10B.")
     ] = None,
-    ranks: Annotated[
-        int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or one.")
-    ] = None,
-    nodes: Annotated[int, typer.Option(min=1, help="Machines that train together.")] = 1,
-    node_rank: Annotated[int, typer.Option(min=0, help="Which of them this one is.")] = 0,
-    master_addr: Annotated[str, typer.Option(help="Address of node 0.")] = "127.0.0.1",
-    allow_changes: Annotated[
-        bool, typer.Option("--allow-changes", help="Resume although the settings differ.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
-    ] = False,
+    ranks: Ranks = None,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    master_addr: MasterAddress = "127.0.0.1",
+    allow_changes: AllowChanges = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a model on text; the same command continues it, or says that it is finished."""
-    from casallm.train.job import plan_text, start
-    from casallm.train.nodes import Place
-    from casallm.train.pretrain import Request
+    from casallm.train.pretrain import PretrainRequest
+    from casallm.train.stage import Start
 
-    if node_rank >= nodes:
-        raise ConfigError(f"--node-rank is {node_rank}, but --nodes {nodes} are counted from 0")
-    request = Request(
+    start = Start(
         run=run,
-        preset=preset,
-        params=params,
-        data=data,
-        tokens=tokens,
         ranks=ranks,
         allow_changes=allow_changes,
-        place=Place(node_rank, nodes, master_addr),
+        place=_place(node_rank, nodes, master_addr),
         settings=tuple(settings or ()),
     )
-    if dry_run:
-        print(plan_text(request))
-        return
-    code, answer = start(request)
-    if answer:
-        print(answer)
-    raise typer.Exit(code)
+    request = PretrainRequest(start, preset=preset, params=params, data=data, tokens=tokens)
+    _train(request, dry_run=dry_run)
+
+
+@app.command()
+def sft(
+    settings: Settings = None,
+    *,
+    start_from: Annotated[
+        str | None,
+        typer.Option(
+            "--from", help="RUN or RUN@STEP. Default: the newest finished pretraining run here."
+        ),
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="Name, path or URL. Default: the run it starts from, -sft.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A recipe: a YAML file, reference or offline.")
+    ] = None,
+    ranks: Ranks = None,
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    master_addr: MasterAddress = "127.0.0.1",
+    allow_changes: AllowChanges = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Make an assistant of a pretrained run; the same command continues it."""
+    from casallm.train.sft import SftRequest
+    from casallm.train.stage import Start
+
+    start = Start(
+        run=run,
+        ranks=ranks,
+        allow_changes=allow_changes,
+        place=_place(node_rank, nodes, master_addr),
+        settings=tuple(settings or ()),
+    )
+    _train(SftRequest(start, start_from=start_from, data=data), dry_run=dry_run)
 
 
 @app.command()
@@ -147,23 +181,27 @@ def sample(
     top_p: Annotated[float, typer.Option(help="Only the likeliest tokens that reach this.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another text.")] = 0,
+    is_chat: Annotated[
+        bool, typer.Option("--chat", help="Answer each prompt as a message of a chat.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt with the newest good checkpoint of a run."""
+    """Continue a prompt, or answer it, with the newest good checkpoint of a run."""
     from casallm.inference.sampling import SamplingConfig
     from casallm.storage.store import open_store
     from casallm.train.run_place import run_url
-    from casallm.train.trained import continue_prompts
+    from casallm.train.trained import answer_prompts, continue_prompts
 
-    prompts = prompt or ["The"]
+    prompts = prompt or (["Hello!"] if is_chat else ["The"])
     sampling = build(SamplingConfig, {"temperature": temperature, "top_p": top_p, "seed": seed})
     store = open_store(run_url(run))
-    texts = continue_prompts(store, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
+    reply = answer_prompts if is_chat else continue_prompts
+    texts = reply(store, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
     pairs = list(zip(prompts, texts, strict=True))
     if as_json:
         _print_json([{"prompt": asked, "text": text} for asked, text in pairs])
         return
-    print("\n\n".join(asked + text for asked, text in pairs))
+    print("\n\n".join(text if is_chat else asked + text for asked, text in pairs))
 
 
 @app.command()
@@ -364,6 +402,27 @@ def tokenizer_show(
     print(f"{tokenizer.name}, {tokenizer.vocab_size:,} ids: {len(pieces)} tokens")
     for token, piece in pieces:
         print(f"{token:>8}  {piece!r}")
+
+
+def _place(node_rank: int, nodes: int, master_addr: str) -> "Place":
+    from casallm.train.nodes import Place
+
+    if node_rank >= nodes:
+        raise ConfigError(f"--node-rank is {node_rank}, but --nodes {nodes} are counted from 0")
+    return Place(node_rank, nodes, master_addr)
+
+
+def _train(request: "Request", *, dry_run: bool) -> None:
+    """Start or continue what `request` asks for, and end with its exit code."""
+    from casallm.train.job import plan_text, start
+
+    if dry_run:
+        print(plan_text(request))
+        return
+    code, answer = start(request)
+    if answer:
+        print(answer)
+    raise typer.Exit(code)
 
 
 def _print_json(value: Any) -> None:

@@ -101,14 +101,24 @@ class Recipe(Config):
         return self
 
 
-def load_recipe(text: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe that `text` names: a YAML file, `reference` or `offline`; None: the default.
+def default_recipe() -> str:
+    """`reference`; or, said in one sentence, `offline` where no hub can be reached."""
+    if hub_is_reachable():
+        return "reference"
+    logger.warning(
+        "no data set hub can be reached, so the assistant is trained on conversations that casallm"
+        " generates: enough to try the pipeline, not to make a useful assistant"
+    )
+    return "offline"
 
-    The default is `reference`, or, said in one sentence, `offline` where no hub can be reached.
+
+def load_recipe(text: str | None = None, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe that `text` names: a YAML file, `reference` or `offline`; None: `default_recipe`.
+
     `overrides` are laid over it, as `{"identity": {"name": "Ada"}}`.
     """
     if text is None:
-        text = _default_name()
+        text = default_recipe()
     if text in RECIPES:
         content = (files("casallm.data") / f"recipes/{text}.yaml").read_text(encoding="utf-8")
         tree, where = parse_yaml(content, where=f"recipe {text}"), f"recipe {text}"
@@ -121,16 +131,6 @@ def load_recipe(text: str | None = None, overrides: Mapping[str, Any] | None = N
         tree, where = load_yaml(Path(text)), text
         tree = _with_paths_from(tree, Path(text).parent)
     return build(Recipe, merge(tree, overrides or {}), where=where)
-
-
-def _default_name() -> str:
-    if hub_is_reachable():
-        return "reference"
-    logger.warning(
-        "no data set hub can be reached, so the assistant is trained on conversations that casallm"
-        " generates: enough to try the pipeline, not to make a useful assistant"
-    )
-    return "offline"
 
 
 def _with_paths_from(tree: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -16,12 +16,22 @@ from casallm.train.distributed import World, sum_over_ranks
 
 SAMPLE_TOKENS = 64
 SAMPLE_TEMPERATURE = 0.8
-PROMPT_TOKENS = 12
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to go on from: as people read it, and as the model does."""
+
+    text: str
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss in nats a target, and bits a byte over the targets that are text."""
+    """Mean loss in nats a target, and bits a byte over the targets that are text.
+
+    Not a number where nothing is held out.
+    """
 
     loss: float
     bits_per_byte: float
@@ -53,20 +63,29 @@ def validate(
             ]
         )
     nll, n_targets, text_nll, n_bytes = sum_over_ranks(world, totals).tolist()
-    return Validation(nll / max(n_targets, 1), text_nll / math.log(2) / max(n_bytes, 1))
+    return Validation(
+        nll / n_targets if n_targets else math.nan,
+        text_nll / math.log(2) / n_bytes if n_bytes else math.nan,
+    )
+
+
+def longest_prompt(context_length: int) -> int:
+    """The tokens that a prompt may have where its continuation is to fit too."""
+    return max(context_length - SAMPLE_TOKENS, context_length // 2)
 
 
 def generate_samples(
-    model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], *, context_length: int, seed: int
+    model: GPT, tokenizer: Tokenizer, prompts: Sequence[Prompt], *, context_length: int, seed: int
 ) -> list[str]:
-    """One continuation of each prompt, the same draw at every call with the same weights."""
+    """One continuation of each prompt, the same draw at every call with the same weights.
+
+    No prompt is longer than `longest_prompt`.
+    """
     engine = Engine(model, n_slots=len(prompts), context_length=context_length)
-    most = max(context_length - SAMPLE_TOKENS, context_length // 2)
-    ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)][:most] for prompt in prompts]
     generated = engine.generate(
-        ids,
-        max_new_tokens=min(SAMPLE_TOKENS, context_length - most),
+        [prompt.ids for prompt in prompts],
+        max_new_tokens=min(SAMPLE_TOKENS, context_length - longest_prompt(context_length)),
         sampling=SamplingConfig(temperature=SAMPLE_TEMPERATURE, seed=seed),
-        stop_ids=[tokenizer.bos_id],
+        stop_ids=[tokenizer.bos_id, tokenizer.end_id],
     )
     return [tokenizer.decode(new) for new in generated]

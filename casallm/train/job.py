@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from casallm.config import Tree, build, canonical_json, to_tree, to_yaml
+from casallm.config import build, canonical_json, to_tree, to_yaml
 from casallm.errors import CheckpointError, TrainingError
 from casallm.estimate.architecture import count_params
 from casallm.storage.store import Store, open_store
@@ -30,7 +30,14 @@ from casallm.train.nodes import Follower, Leader, Place
 from casallm.train.preemption import watch_notices
 from casallm.train.report import write_report
 from casallm.train.resume import start_attempt
-from casallm.train.run import RunConfig, changes_of, identity_sha256, save_config
+from casallm.train.run import (
+    RunConfig,
+    changes_of,
+    identity_sha256,
+    load_config,
+    save_config,
+    try_with,
+)
 from casallm.train.run_place import scratch_of
 from casallm.train.stage import Material, Request
 from casallm.train.status import finish, read_finished
@@ -113,7 +120,11 @@ def settle(request: Request, machine: Machine, run: Store) -> Settled:
 def describe(settled: Settled, start_from: CheckpointName | None) -> str:
     """What is about to be trained, in one line."""
     config = settled.config
-    begin = f"continues from step {start_from.step:,}" if start_from else "begins"
+    begin = "begins"
+    if start_from:
+        begin = f"continues from step {start_from.step:,}"
+    elif config.base:
+        begin = f"begins from {config.base.run}, {config.base.checkpoint}"
     return (
         f"{settled.run.url} {begin}: {format_count(count_params(config.model))} parameters,"
         f" {format_count(config.total_tokens)} tokens in {config.train.steps:,} steps, on"
@@ -130,10 +141,12 @@ def plan_text(request: Request) -> str:
     lines = [
         f"run         {run.url}",
         f"model       {config.model.family}, {count_params(config.model):,} parameters",
+        *([f"from        {config.base.run}, {config.base.checkpoint}"] if config.base else []),
         f"data        {config.data.source}",
         f"length      {config.train.steps:,} steps of {config.tokens_per_step:,} tokens"
         f" ({format_count(config.total_tokens)})",
-        f"machine     {machine.describe()}, {_n_ranks(request, machine)} ranks, {config.train.precision}",
+        f"machine     {machine.describe()}, {_n_ranks(request, machine)} ranks,"
+        f" {config.train.precision}",
         "settings",
         *(f"  {line}" for line in to_yaml(to_tree(config)).splitlines()),
     ]
@@ -311,4 +324,6 @@ def _run_started(run: Store, attempt: Attempt) -> float:
 
 def _next_steps(run: Store) -> str:
     report = f"{run.url}/report.html"
-    return f"report: {report}\ntry it: casallm sample {run.url} --prompt 'The'"
+    return (
+        f"report: {report}\ntry it: casallm sample {run.url} {try_with(load_config(run)[0].stage)}"
+    )

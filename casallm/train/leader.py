@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +14,7 @@ from casallm.train.attempts import Attempt
 from casallm.train.budget import Purse, plan_early_end
 from casallm.train.checkpoint import TrainState
 from casallm.train.checkpoint_writer import CheckpointWriter
-from casallm.train.evaluation import Validation, generate_samples
+from casallm.train.evaluation import Prompt, Validation, generate_samples
 from casallm.train.journal import AttemptLog
 from casallm.train.metrics import Measurement, Metrics, Yardstick, evaluation_line, training_line
 from casallm.train.optim import Optimizers
@@ -27,10 +27,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sampler:
-    """Continues the same prompts at every evaluation."""
+    """Goes on from the same prompts at every evaluation."""
 
     tokenizer: Tokenizer
-    prompts: Sequence[str]
+    prompts: Sequence[Prompt]
     context_length: int
     seed: int
 
@@ -43,7 +43,7 @@ class Sampler:
             context_length=self.context_length,
             seed=self.seed,
         )
-        return list(zip(self.prompts, texts, strict=True))
+        return [(prompt.text, text) for prompt, text in zip(self.prompts, texts, strict=True)]
 
 
 @dataclass(kw_only=True)
@@ -87,11 +87,17 @@ class Leader:
         )
         self.metrics.log(training_line(measured, self.yardstick))
 
-    def on_validation(self, state: TrainState, result: Validation) -> None:
+    def on_validation(
+        self, state: TrainState, result: Validation, by_source: Mapping[str, Validation]
+    ) -> None:
         """Record the evaluation and what the model writes by now."""
         self.metrics.log(
             evaluation_line(
-                state.step, state.tokens, val_loss=result.loss, val_bpb=result.bits_per_byte
+                state.step,
+                state.tokens,
+                val_loss=result.loss,
+                val_bpb=result.bits_per_byte,
+                by_source={name: each.loss for name, each in by_source.items()},
             )
         )
         for prompt, text in self.sampler.samples(self.model):

@@ -17,10 +17,11 @@ JSON has no NaN. Everything but `Metrics` is a pure function.
 
     val_loss           nats per token over the validation windows, special tokens included
     val_bpb            bits per byte of the same text, special tokens left out
+    val_loss/SOURCE    val_loss of one source alone, where the run has several
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -45,6 +46,8 @@ TRAINING_FIELDS = (
     "attempt",
 )
 EVALUATION_FIELDS = ("step", "tokens", "val_loss", "val_bpb")
+SOURCE_PREFIX = "val_loss/"
+"""Of the fields that tell the validation loss of one source."""
 
 
 class LogConfig(Config):
@@ -101,7 +104,12 @@ def training_line(measured: Measurement, yardstick: Yardstick) -> Line:
 
 
 def evaluation_line(
-    step: int, tokens: int, *, val_loss: float, val_bpb: float | None = None
+    step: int,
+    tokens: int,
+    *,
+    val_loss: float,
+    val_bpb: float | None = None,
+    by_source: Mapping[str, float] | None = None,
 ) -> Line:
     """The line of one validation; `val_bpb` is null where bytes cannot be counted."""
     return {
@@ -109,6 +117,16 @@ def evaluation_line(
         "tokens": tokens,
         "val_loss": _finite(val_loss),
         "val_bpb": _finite(val_bpb),
+        **{f"{SOURCE_PREFIX}{name}": _finite(loss) for name, loss in (by_source or {}).items()},
+    }
+
+
+def losses_by_source(line: Line) -> dict[str, float | None]:
+    """The validation loss of each source on an evaluation line; empty where there is one source."""
+    return {
+        name.removeprefix(SOURCE_PREFIX): value
+        for name, value in line.items()
+        if name.startswith(SOURCE_PREFIX)
     }
 
 

@@ -7,26 +7,28 @@ config.yaml says when it exists, then what was said on the command line.
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from casallm.config import Tree, build, merge, parse_overrides, to_tree
+from casallm.data.loader import PretrainLoader
 from casallm.data.prepare import Progress, load_or_prepare
-from casallm.data.shards import Dataset
+from casallm.data.shards import Dataset, open_dataset
+from casallm.data.tokenizer import Tokenizer
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import count_params, shape_for_params
+from casallm.evals.bigram import dataset_bigram_loss
 from casallm.storage.store import Store
+from casallm.train.distributed import World
+from casallm.train.evaluation import Prompt, longest_prompt
 from casallm.train.machine import Machine, supports_bf16
-from casallm.train.nodes import Place
-from casallm.train.run import (
-    RunConfig,
-    identity_difference,
-    identity_of,
-    load_preset,
-    saved_settings,
-)
+from casallm.train.report_loader import dataset_facts
+from casallm.train.run import RunConfig, load_preset, require_stage, saved_settings
 from casallm.train.run_place import run_url as named_run
+from casallm.train.stage import Feed, Material, Start
 from casallm.units import format_bytes, format_count, format_duration, parse_count
 
 log = logging.getLogger(__name__)
@@ -37,23 +39,99 @@ TOKENS_PER_PARAM = 20
 MAX_EPOCHS = 4
 """Repeating data up to four times is nearly as good as new data (Muennighoff et al. 2023)."""
 
-
 PREPARE_NEWS_SECONDS = 5.0
+
+N_PROMPTS = 3
+PROMPT_TOKENS = 12
+PROMPT_SEARCH_TOKENS = 100_000
 
 
 @dataclass(frozen=True)
-class Request:
+class PretrainRequest:
     """What a person asked for; empty means: decide for me."""
 
-    run: str | None = None
+    start: Start = field(default_factory=Start)
     preset: str | None = None
     params: str | None = None
     data: str | None = None
     tokens: str | None = None
-    ranks: int | None = None
-    allow_changes: bool = False
-    place: Place = field(default_factory=Place)
-    settings: tuple[str, ...] = field(default=())
+
+    def run_url(self, machine: Machine) -> str:
+        """Where the run lives: as asked, else `runs/<preset or size>-<data>`."""
+        if self.start.run:
+            return named_run(self.start.run)
+        size = self.params or self.preset or choose_preset(machine)
+        data = Path(self.data.rstrip("/")).name.split(".")[0] if self.data else "builtin"
+        return named_run(f"{size.lower()}-{data or 'data'}")
+
+    def plan(self, machine: Machine, run: Store) -> RunConfig:
+        """All settings of the run; ConfigError names every mistake at once.
+
+        A run that exists keeps its settings, so that the same command always continues it; a
+        shape or a setting asked for that differs shows up as a difference in identity.
+        """
+        if self.preset and self.params:
+            raise ConfigError("--preset and --params both choose the size: give one of them")
+        size = _size_settings(self, machine)
+        asked = parse_overrides(self.start.settings)
+        if self.data:
+            asked = merge({"data": {"source": self.data}}, asked)
+        saved = saved_settings(run)
+        if saved is not None:
+            require_stage(run, saved[0], "pretrain")
+            is_size_asked = self.preset or self.params
+            shape = {"model": size["model"]} if is_size_asked else {}
+            config = build(RunConfig, merge(saved[0], shape, asked))
+        else:
+            config = build(RunConfig, merge(_defaults(machine), size, asked))
+        if config.train.epochs:
+            raise ConfigError("train.epochs is for sft: here --tokens or train.steps say how long")
+        if not self.tokens:
+            return config
+        tokens = parse_count(self.tokens, what="tokens")
+        return config.with_steps(math.ceil(tokens / config.tokens_per_step))
+
+    def settle(self, machine: Machine, run: Store) -> tuple[RunConfig, Material]:
+        """All settings, checked against the shards, which are made first if need be."""
+        config = self.plan(machine, run)
+        dataset = prepare_dataset(config)
+        if saved_settings(run) is None:
+            settings = self.start.settings
+            is_asked = bool(self.tokens) or any(s.startswith("train.steps=") for s in settings)
+            config = fit_to_data(config, dataset, is_length_asked=is_asked)
+        return config, _material(dataset)
+
+    def score(
+        self, run: Store, config: RunConfig, material: Material
+    ) -> Iterator[tuple[str, Tree]]:
+        """A bigram model of the same tokens on the same windows: what has to be beaten."""
+        baseline = dataset_bigram_loss(
+            open_dataset(material.directory),
+            context_length=config.train.context_length,
+            n_windows=config.eval.sequences,
+        )
+        if baseline:
+            yield "baseline", asdict(baseline)
+
+
+def open_feed(directory: Path, config: RunConfig, world: World, micro_batch_size: int) -> Feed:
+    """This rank's windows of the shards in `directory`, and beginnings to continue."""
+    dataset = open_dataset(directory)
+    tokenizer = dataset.tokenizer()
+    loader = PretrainLoader(
+        dataset,
+        context_length=config.train.context_length,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=micro_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        seed=config.train.seed,
+        device=world.device,
+    )
+    texts = config.eval.prompts or _held_out_beginnings(dataset, tokenizer)
+    most = longest_prompt(config.train.context_length)
+    prompts = [Prompt(text, (tokenizer.bos_id, *tokenizer.encode(text))[:most]) for text in texts]
+    return Feed(loader, tokenizer, prompts)
 
 
 def choose_preset(machine: Machine) -> str:
@@ -62,55 +140,6 @@ def choose_preset(machine: Machine) -> str:
         return "tiny"
     gib = machine.gpu_memory_bytes / 2**30
     return "350m" if gib > 30 else "124m"
-
-
-def run_url(request: Request, machine: Machine) -> str:
-    """Where the run lives: as asked, else `runs/<preset or size>-<data>`."""
-    if request.run:
-        return named_run(request.run)
-    size = request.params or request.preset or choose_preset(machine)
-    data = Path(request.data.rstrip("/")).name.split(".")[0] if request.data else "builtin"
-    return named_run(f"{size.lower()}-{data or 'data'}")
-
-
-def resolve(request: Request, machine: Machine, run: Store) -> RunConfig:
-    """All settings of the run; ConfigError names every mistake at once.
-
-    A run that exists keeps its settings, so that the same command always continues it; a shape
-    or a setting asked for that differs shows up as a difference in identity.
-    """
-    if request.preset and request.params:
-        raise ConfigError("--preset and --params both choose the size: give one of them")
-    size = _size_settings(request, machine)
-    asked = parse_overrides(request.settings)
-    if request.data:
-        asked = merge({"data": {"source": request.data}}, asked)
-    saved = saved_settings(run)
-    if saved is not None:
-        is_size_asked = request.preset or request.params
-        shape = {"model": size["model"]} if is_size_asked else {}
-        config = build(RunConfig, merge(saved[0], shape, asked))
-    else:
-        config = build(RunConfig, merge(_defaults(machine), size, asked))
-    if not request.tokens:
-        return config
-    tokens = parse_count(request.tokens, what="tokens")
-    return with_steps(config, math.ceil(tokens / config.tokens_per_step))
-
-
-def with_steps(config: RunConfig, steps: int) -> RunConfig:
-    """`config` for a run of this many steps."""
-    train = config.train.model_copy(update={"steps": steps})
-    return config.model_copy(update={"train": train})
-
-
-def check_identity(config: RunConfig, dataset: Tree, run: Store) -> list[str]:
-    """The differences between `config` and the run's own settings, field by field."""
-    saved = saved_settings(run)
-    if saved is None:
-        return []
-    before = identity_of(build(RunConfig, saved[0], where=f"{run.url}/config.yaml"), saved[1])
-    return identity_difference(before, identity_of(config, dataset))
 
 
 def prepare_dataset(config: RunConfig) -> Dataset:
@@ -144,7 +173,7 @@ def fit_to_data(config: RunConfig, dataset: Dataset, *, is_length_asked: bool) -
         MAX_EPOCHS,
         f"{config.train.steps:,}",
     )
-    return with_steps(config, most)
+    return config.with_steps(most)
 
 
 def say_progress() -> Callable[[Progress], None]:
@@ -173,7 +202,29 @@ def _defaults(machine: Machine) -> Tree:
     return {"train": {"precision": "bf16" if supports_bf16(machine) else "fp32"}}
 
 
-def _size_settings(request: Request, machine: Machine) -> Tree:
+def _material(dataset: Dataset) -> Material:
+    manifest = dataset.manifest
+    files = {
+        f"tokenizer/{path.name}": path
+        for path in sorted((dataset.directory / "tokenizer").iterdir())
+    }
+    identity = {
+        "manifest_sha256": manifest.sha256,
+        "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
+    }
+    return Material(dataset.directory, identity, dataset_facts(manifest), files)
+
+
+def _held_out_beginnings(dataset: Dataset, tokenizer: Tokenizer) -> list[str]:
+    """The first words of three held-out documents: what samples continue unless set."""
+    tokens = dataset.shard("val", 0)[:PROMPT_SEARCH_TOKENS]
+    starts = np.flatnonzero(tokens == tokenizer.bos_id)[:N_PROMPTS]
+    return [
+        tokenizer.decode(tokens[start + 1 : start + 1 + PROMPT_TOKENS].tolist()) for start in starts
+    ]
+
+
+def _size_settings(request: PretrainRequest, machine: Machine) -> Tree:
     if not request.params:
         return load_preset(request.preset or choose_preset(machine))
     n_params = parse_count(request.params, what="params")

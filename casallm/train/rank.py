@@ -21,9 +21,11 @@ from casallm.estimate.architecture import count_params, flops_per_token
 from casallm.estimate.memory import largest_micro_batch
 from casallm.model.gpt import GPT, build_gpt
 from casallm.storage.store import open_store
+from casallm.train import pretrain, sft
 from casallm.train.attempts import CheckpointName, read_attempt
+from casallm.train.base import open_base
 from casallm.train.budget import Purse
-from casallm.train.checkpoint import TrainState, fetch, load
+from casallm.train.checkpoint import TrainState, fetch, load, load_tensors
 from casallm.train.checkpoint_writer import CheckpointWriter
 from casallm.train.control import Control, Outcome, Spec, StopRequest, die_with_parent
 from casallm.train.distributed import (
@@ -39,11 +41,12 @@ from casallm.train.machine import Machine
 from casallm.train.metrics import Metrics, Sink, Yardstick
 from casallm.train.optim import Optimizers
 from casallm.train.progress import Progress
-from casallm.train.pretrain import open_feed
 from casallm.train.run import RunConfig
-from casallm.train.stage import Feed
+from casallm.train.stage import Feed, OpenFeed
 from casallm.train.trainer import Trainer
 from casallm.train.wandb_mirror import mirror_run_id, open_mirror
+
+OPEN_FEED: dict[str, OpenFeed] = {"pretrain": pretrain.open_feed, "sft": sft.open_feed}
 
 MICRO_BATCH_TOKENS = 16_384
 """The most of one forward pass on a CPU, or on a GPU that is in no table."""
@@ -78,14 +81,14 @@ def _train(spec: Spec, control: Control) -> None:
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     config = build(RunConfig, spec.config)
-    feed = open_feed(
+    feed = OPEN_FEED[config.stage](
         Path(spec.data_directory), config, world, micro_batch_size(config, machine, world)
     )
     model = build_gpt(
         config.model, config.train.context_length, seed=config.train.seed, device=world.device
     )
     optimizers = Optimizers(model, config.optim)
-    state = _load_state(spec, world, model, optimizers)
+    state = _load_state(spec, config, world, model, optimizers)
     with _leader(spec, config, world, machine, model, feed) as leader:
         trainer = Trainer(
             config=config,
@@ -129,20 +132,26 @@ def micro_batch_size(config: RunConfig, machine: Machine, world: World) -> int:
     return -(-share // n_micro_batches)
 
 
-def _load_state(spec: Spec, world: World, model: GPT, optimizers: Optimizers) -> TrainState:
-    """Rank 0 reads and verifies the checkpoint; the others get its tensors one by one."""
+@torch.no_grad()
+def _load_state(
+    spec: Spec, config: RunConfig, world: World, model: GPT, optimizers: Optimizers
+) -> TrainState:
+    """Rank 0 reads and verifies the checkpoint; the others get its tensors one by one.
+
+    A run without one starts from its base, or with the weights that the seed has drawn.
+    """
     weights: dict[str, torch.Tensor] = dict(model.named_parameters())
     moments = optimizers.state()
     state = TrainState()
     name = CheckpointName.parse(spec.start_from) if spec.start_from else None
-    if name is None:
+    if name is None and config.base is None:
         return state
-    if world.is_leader:
+    if world.is_leader and name is not None:
         checkpoint = fetch(open_store(spec.run_url), name, Path(spec.scratch))
-        with torch.no_grad():
-            state = load(checkpoint, model=weights, optimizer=moments)
-    with torch.no_grad():
-        broadcast_tensors(world, [*weights.values(), *moments.values()])
+        state = load(checkpoint, model=weights, optimizer=moments)
+    elif world.is_leader and config.base is not None:
+        load_tensors(open_base(config.base), "model", weights)
+    broadcast_tensors(world, [*weights.values(), *moments.values()])
     return broadcast_object(world, state)
 
 

@@ -22,6 +22,7 @@ from casallm.config import (
     to_tree,
     to_yaml,
 )
+from casallm.data.recipe import IdentityConfig
 from casallm.data.sources import DataConfig
 from casallm.data.tokenizer import TokenizerConfig
 from casallm.errors import CheckpointError, ConfigError, StoreNotFoundError
@@ -42,7 +43,8 @@ IDENTITY: dict[str, tuple[str, ...]] = {
     "model": (),
     "optim": (),
     "schedule": (),
-    "train": ("steps", "global_batch_size", "context_length", "seed", "precision"),
+    "train": ("steps", "epochs", "global_batch_size", "context_length", "seed", "precision"),
+    "identity": (),
 }
 """The sections, and of `train` the fields, that decide what a run computes."""
 
@@ -52,6 +54,8 @@ class TrainConfig(Config):
 
     steps: int = Field(gt=0)
     """Optimizer steps of the whole run."""
+    epochs: int | None = Field(default=None, gt=0)
+    """sft: how often each conversation is seen, from which the steps follow; else empty."""
     global_batch_size: int = Field(gt=0)
     """Sequences of one optimizer step, over all ranks."""
     context_length: int = Field(gt=0)
@@ -81,11 +85,22 @@ class EvalConfig(Config):
     """Beginnings to continue at every evaluation; empty: those of three held-out documents."""
 
 
+class BaseConfig(Config):
+    """Whose weights a run starts from; its identity holds their hash instead."""
+
+    run: str
+    """Path or URL of the run."""
+    checkpoint: str
+    """Which of its checkpoints, such as `step-00000400-a1`."""
+
+
 class RunConfig(Config):
     """All settings of a run, by section."""
 
     stage: Literal["pretrain", "sft"] = "pretrain"
     """What is trained on what."""
+    base: BaseConfig | None = None
+    """Where weights start; empty: they are drawn from the seed."""
     model: ModelConfig
     """Shape."""
     data: DataConfig = DataConfig()
@@ -106,6 +121,8 @@ class RunConfig(Config):
     """Metrics and wandb."""
     budget: BudgetConfig = BudgetConfig()
     """Money and time."""
+    identity: IdentityConfig | None = None
+    """sft: who the assistant says it is; empty elsewhere."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -116,6 +133,11 @@ class RunConfig(Config):
     def total_tokens(self) -> int:
         """Tokens of the whole run."""
         return self.train.steps * self.tokens_per_step
+
+    def with_steps(self, steps: int) -> "RunConfig":
+        """The same settings for a run of this many steps."""
+        train = self.train.model_copy(update={"steps": steps})
+        return self.model_copy(update={"train": train})
 
 
 def load_preset(name: str) -> Tree:
@@ -134,7 +156,8 @@ def identity_of(config: RunConfig, dataset: Tree) -> Tree:
     identity: Tree = {}
     for section, fields in IDENTITY.items():
         value = tree[section]
-        identity[section] = {field: value[field] for field in fields} if fields else value
+        if value is not None:
+            identity[section] = {field: value[field] for field in fields} if fields else value
     return {**identity, "dataset": dataset}
 
 
@@ -154,6 +177,15 @@ def identity_difference(saved: Tree, current: Tree) -> list[str]:
     ]
 
 
+def changes_of(run: Store, config: RunConfig, dataset: Tree) -> list[str]:
+    """The differences between a run's own identity and that of `config`, field by field."""
+    saved = saved_settings(run)
+    if saved is None:
+        return []
+    before = identity_of(build(RunConfig, saved[0], where=f"{run.url}/config.yaml"), saved[1])
+    return identity_difference(before, identity_of(config, dataset))
+
+
 def save_config(run: Store, config: RunConfig, dataset: Tree) -> None:
     """Write config.yaml at the root of the run."""
     tree = to_tree(config)
@@ -161,7 +193,7 @@ def save_config(run: Store, config: RunConfig, dataset: Tree) -> None:
     execution = {
         section: {key: v for key, v in value.items() if key not in IDENTITY.get(section, ())}
         for section, value in tree.items()
-        if section not in identity or section == "train"
+        if value is not None and (section not in identity or section == "train")
     }
     document = {
         "identity": {key: value for key, value in identity.items() if key != "dataset"},
@@ -201,6 +233,20 @@ def saved_settings(run: Store) -> tuple[Tree, Tree] | None:
         )
     identity, execution, dataset = parts
     return merge(identity or {}, execution or {}), dict(dataset or {})
+
+
+def try_with(stage: str) -> str:
+    """What to give `casallm sample` to see what a run of that stage has learned."""
+    return "--chat --prompt 'Who are you?'" if stage == "sft" else "--prompt 'The'"
+
+
+def require_stage(run: Store, settings: Tree, stage: str) -> None:
+    """CheckpointError if the run that these are the settings of is of another stage."""
+    own = settings.get("stage")
+    if own != stage:
+        raise CheckpointError(
+            f"{run.url} is a run of {own}, not of {stage}: give this one another name with RUN="
+        )
 
 
 def _flat(tree: Tree, prefix: str = "") -> dict[str, Any]:

@@ -5,13 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from casallm.data.conversation import Conversation, Message, prompt_ids
 from casallm.data.tokenizer import Tokenizer, load_tokenizer
 from casallm.errors import CheckpointError
+from casallm.evals.chat import Answer
 from casallm.inference.engine import Engine
 from casallm.inference.sampling import SamplingConfig
 from casallm.model.gpt import GPT, build_gpt
 from casallm.storage.store import Store
-from casallm.train.checkpoint import load_tensors, newest_good
+from casallm.train.checkpoint import Checkpoint, load_tensors, newest_good
 from casallm.train.run import load_config
 from casallm.train.run_place import scratch_of
 
@@ -25,17 +29,21 @@ class Trained:
     context_length: int
 
 
-def load_trained(run: Store) -> Trained:
-    """The newest good checkpoint's model on the CPU; CheckpointError if the run has none."""
+def load_trained(run: Store, checkpoint: Checkpoint | None = None) -> Trained:
+    """The model of a checkpoint, by default the newest good one, on the GPU if there is one.
+
+    CheckpointError if the run has none.
+    """
     config, _ = load_config(run)
-    checkpoint = newest_good(run, scratch_of(run))
+    checkpoint = checkpoint or newest_good(run, scratch_of(run))
     if checkpoint is None:
         raise CheckpointError(
             f"{run.url} has no checkpoint yet: let it train longer, or see `casallm runs`"
         )
-    model = build_gpt(config.model, config.train.context_length, seed=None)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build_gpt(config.model, config.train.context_length, seed=None, device=device)
     load_tensors(checkpoint, "model", {name: p.data for name, p in model.named_parameters()})
-    return Trained(model.eval(), _load_tokenizer(run), config.train.context_length)
+    return Trained(model.eval(), run_tokenizer(run), config.train.context_length)
 
 
 def continue_prompts(
@@ -50,7 +58,36 @@ def continue_prompts(
     return [tokenizer.decode(new) for new in generated]
 
 
-def _load_tokenizer(run: Store) -> Tokenizer:
+def answer_prompts(
+    run: Store, prompts: Sequence[str], *, max_new_tokens: int, sampling: SamplingConfig
+) -> list[str]:
+    """The run's answer to each prompt, as the first words of a chat."""
+    chats = [(Message("user", prompt),) for prompt in prompts]
+    answers = answer_chats(
+        load_trained(run), chats, max_new_tokens=max_new_tokens, sampling=sampling
+    )
+    return [answer.text for answer in answers]
+
+
+def answer_chats(
+    trained: Trained,
+    chats: Sequence[Conversation],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+) -> list[Answer]:
+    """What the model says next in each chat; ConfigError where there is no room for it."""
+    tokenizer = trained.tokenizer
+    engine = Engine(trained.model, n_slots=min(len(chats), 8))
+    ids = [prompt_ids(chat, tokenizer) for chat in chats]
+    generated = engine.generate(
+        ids, max_new_tokens, sampling, stop_ids=[tokenizer.end_id, tokenizer.bos_id]
+    )
+    return [Answer(tokenizer.decode(new), len(new) < max_new_tokens) for new in generated]
+
+
+def run_tokenizer(run: Store) -> Tokenizer:
+    """The vocabulary that the run keeps."""
     if run.local_path is not None:
         return load_tokenizer(run.local_path / "tokenizer")
     with tempfile.TemporaryDirectory() as directory:

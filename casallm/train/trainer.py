@@ -15,8 +15,8 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -54,6 +54,9 @@ class BatchLoader(Protocol):
     def validation(self, n_sequences: int) -> Iterator[Batch]:
         """This rank's share of the first held-out sequences."""
 
+    def close(self) -> None:
+        """No more batches are asked for."""
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -80,8 +83,10 @@ class Observer(Protocol):
     def on_interval(self, interval: Interval) -> None:
         """The losses of some steps have come home."""
 
-    def on_validation(self, state: TrainState, result: Validation) -> None:
-        """The model was evaluated."""
+    def on_validation(
+        self, state: TrainState, result: Validation, by_source: Mapping[str, Validation]
+    ) -> None:
+        """The model was evaluated, on all that is held out and on each source of it."""
 
     def is_save_due(self, state: TrainState) -> bool:
         """Whether now is the time for a checkpoint."""
@@ -116,6 +121,8 @@ class Trainer:
     """Bytes of text behind each token id; 0 for special tokens."""
     observer: Observer | None
     """On rank 0 only."""
+    sources: Mapping[str, Callable[[int], Iterator[Batch]]] = field(default_factory=dict)
+    """This rank's share of the first held-out sequences of each source, where there are several."""
 
     def __post_init__(self) -> None:
         self._loss: nn.Module = TrainingLoss(self.model)
@@ -127,7 +134,8 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Train until the last step, or until somebody asks to stop."""
-        self._prepare()
+        if not self._is_over:
+            self._prepare()
         self._window_start = time.monotonic()
         while not self._is_over:
             stop = self._exchange_flags()
@@ -299,12 +307,18 @@ class Trainer:
 
     def _evaluate(self) -> None:
         self._flush()
+        n_sequences = self.config.eval.sequences
         with self._clock_paused(), self._autocast():
-            batches = self.loader.validation(self.config.eval.sequences)
-            result = validate(self.world, self.model, batches, self.token_bytes_V)
+            result = self._validate(self.loader.validation(n_sequences))
+            by_source = {
+                name: self._validate(batches(n_sequences)) for name, batches in self.sources.items()
+            }
             if self.observer:
-                self.observer.on_validation(self.state, result)
+                self.observer.on_validation(self.state, result, by_source)
             gc.collect(1)
+
+    def _validate(self, batches: Iterator[Batch]) -> Validation:
+        return validate(self.world, self.model, batches, self.token_bytes_V)
 
     def _save_if_due(self) -> None:
         if self.observer and self.observer.is_save_due(self.state):
