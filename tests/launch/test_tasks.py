@@ -133,7 +133,8 @@ def test_the_command_of_every_task_is_one_that_the_parser_accepts(job, tmp_path)
 def test_defaults_of_a_task_leave_every_choice_to_casallm(tmp_path):
     words = words_of("pretrain", tmp_path, given={"RUN": "s3://b/r"}, cluster=ONE_NODE)
 
-    assert words == ["pretrain", "--run", "s3://b/r", "budget.usd_per_hour=21.96"]
+    money = ["budget.billed_from=boot", "budget.usd_per_hour=21.96"]
+    assert words == ["pretrain", "--run", "s3://b/r", *money]
 
 
 def test_budget_and_deadline_of_a_task_reach_the_real_configuration(tmp_path):
@@ -145,6 +146,7 @@ def test_budget_and_deadline_of_a_task_reach_the_real_configuration(tmp_path):
     budget = build(RunConfig, merge(load_preset("350m"), settings)).budget
 
     assert (budget.usd, budget.deadline_hours, budget.usd_per_hour) == (100.0, 24.0, 21.96)
+    assert budget.billed_from == "boot"
 
 
 def test_every_node_of_several_is_told_its_rank_and_the_first_ones_address(tmp_path):

@@ -7,6 +7,8 @@ mkdir -p up work root
 mount --make-rprivate /
 mount -t overlay overlay -o lowerdir="$ROOT/image:/",upperdir="$NODE/up",workdir="$NODE/work" root
 mount -t proc proc root/proc
+sed "s/^btime .*/btime $(date +%s)/" /proc/stat > stat  # when this machine, not the host, was booted
+mount --bind stat root/proc/stat
 mount -t sysfs sys root/sys
 mount --rbind /dev root/dev
 mount -t tmpfs tmpfs root/dev/shm
@@ -36,7 +38,7 @@ StrictModes no
 MaxSessions 200
 MaxStartups 200
 Subsystem sftp internal-sftp
-SetEnv PATH=/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin UV_OFFLINE=1 AWS_ENDPOINT_URL=$ENDPOINT AWS_DEFAULT_REGION=$REGION
+SetEnv PATH=/usr/local/bin:/usr/local/sbin:/usr/bin:/usr/sbin:/bin:/sbin RAY_worker_niceness=0 UV_OFFLINE=1 AWS_ENDPOINT_URL=$ENDPOINT AWS_DEFAULT_REGION=$REGION
 EOS
 # The instance metadata service: moto's, which knows the credentials of the instance profile, and on
 # top the spot notice (the file /run/spot) and what moto does not answer (tokens, the machine's type).
