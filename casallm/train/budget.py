@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from casallm.config import Config
+from casallm.estimate.cost import usd_so_far
 
 DECAY_SHARE = 0.2
 """An early end spends this share of all its steps on the decay (Haegele et al. 2024: 10-20 %)."""
@@ -52,7 +53,8 @@ class Purse:
         """Dollars of all attempts until `now`; None where no price is known."""
         if self.config.usd_per_hour is None:
             return None
-        return self.usd_before + (now - self.billed_since) / 3600 * self.config.usd_per_hour
+        seconds = now - self.billed_since
+        return usd_so_far(seconds, self.config.usd_per_hour, self.usd_before)
 
     def seconds_left(self, now: float) -> float:
         """Seconds until the budget or the deadline is over, whichever is first."""

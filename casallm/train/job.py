@@ -10,7 +10,7 @@ import logging
 import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import psutil
 from casallm.config import build, canonical_json, to_tree, to_yaml
 from casallm.errors import CheckpointError, TrainingError
 from casallm.estimate.architecture import count_params
+from casallm.estimate.estimator import EstimateRequest, estimate
 from casallm.storage.store import Store, open_store
 from casallm.train.attempts import Attempt, CheckpointName, attempt_numbers, read_attempt
 from casallm.train.budget import BudgetConfig
@@ -162,6 +163,7 @@ def _claim(settled: Settled) -> tuple[Attempt, Checkpoint | None]:
         ranks=settled.ranks * settled.place.n_nodes,
         machine=settled.machine.facts(),
         usd_per_hour=config.budget.usd_per_hour,
+        predicted_usd=_predicted_usd(settled),
         started_at=time.time(),
         **_billing(run, config.budget),
     )
@@ -169,6 +171,25 @@ def _claim(settled: Settled) -> tuple[Attempt, Checkpoint | None]:
     save_config(run, config, settled.material.identity)
     _note(run, attempt, "dataset", **settled.material.facts)
     return attempt, checkpoint
+
+
+def _predicted_usd(settled: Settled) -> dict[str, float] | None:
+    """What the estimator says of the whole run at this machine's price; None without a price."""
+    config, hardware = settled.config, settled.machine.hardware
+    price = config.budget.usd_per_hour
+    if not price or settled.machine.device_kind != "cuda" or hardware is None:
+        return None
+    n_gpus = settled.ranks * settled.place.n_nodes
+    request = EstimateRequest(
+        config=config.model,
+        tokens=config.total_tokens,
+        context_length=config.train.context_length,
+        hardware=hardware,
+        n_gpus=settled.ranks,
+        n_nodes=settled.place.n_nodes,
+        usd_per_gpu_hour=price / n_gpus,
+    )
+    return asdict(estimate(request).offers[0].bill.usd)
 
 
 def _billing(run: Store, config: BudgetConfig) -> dict[str, Any]:

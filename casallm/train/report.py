@@ -17,6 +17,7 @@ from markupsafe import Markup
 
 from casallm import __version__
 from casallm.estimate.architecture import count_params, flops_per_token
+from casallm.estimate.cost import compare_with_paid
 from casallm.storage.store import Store
 from casallm.train.metrics import Line, evaluation_lines, training_lines
 from casallm.train.picture import Picture
@@ -191,7 +192,7 @@ def _cost_tiles(data: ReportData, lines: Sequence[Line]) -> list[Tile]:
         return []
     note = "from the machines' boot on"
     if data.predicted_usd is not None:
-        note = f"{format_usd(data.predicted_usd)} predicted"
+        note = compare_with_paid(data.predicted_usd, paid)
     return [Tile("Cost", format_usd(paid), note)]
 
 

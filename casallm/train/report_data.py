@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from casallm.config import Tree
 from casallm.estimate.architecture import ModelConfig
+from casallm.estimate.cost import Interval
 from casallm.train.metrics import Line
 
 State = Literal["finished", "stopped", "running"]
@@ -71,7 +72,8 @@ class ReportData:
     samples: Sequence[Mapping[str, Any]]
     attempts: Sequence[AttemptRow]
     baseline: Baseline | None
-    predicted_usd: float | None
+    predicted_usd: Interval | None
+    """Said by the estimator when the run began; None without a price."""
     hardware: str
     sections: tuple[Section, ...]
     settings: Tree

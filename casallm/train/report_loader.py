@@ -14,6 +14,7 @@ from casallm.config import Tree, build
 from casallm.data.manifest import Manifest
 from casallm.errors import CheckpointError, ConfigError
 from casallm.estimate.architecture import ModelConfig
+from casallm.estimate.cost import Interval
 from casallm.storage.store import Store
 from casallm.train.attempts import Attempt, attempt_numbers, read_attempt, utc_now
 from casallm.train.journal import EVENTS, METRICS, merged_metrics, merged_samples, read_lines
@@ -55,7 +56,7 @@ def load_report_data(run: Store) -> ReportData:
         samples=merged_samples(run),
         attempts=_attempt_rows(run, attempts, events),
         baseline=_baseline(everything),
-        predicted_usd=_number(newest.get("predicted_usd")),
+        predicted_usd=_interval(attempts[0].info.get("predicted_usd")) if attempts else None,
         hardware=_hardware(newest.get("machine", {})),
         sections=(
             _data_section(
@@ -230,6 +231,10 @@ def _reproduction(url: str, settings: Tree) -> str:
             if (not names or name in names) and str(value) not in ("null", "None", "")
         ]
     return " ".join(words)
+
+
+def _interval(value: Any) -> Interval | None:
+    return Interval(**value) if isinstance(value, dict) else None
 
 
 def _number(value: Any) -> float | None:

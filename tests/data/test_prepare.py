@@ -12,7 +12,7 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import make_texts, write_documents
+from tests.data.conftest import make_texts, write_documents
 
 from casallm.data import prepare as module
 from casallm.data import shards, sources, unit

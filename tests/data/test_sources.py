@@ -3,7 +3,7 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import write_documents
+from tests.data.conftest import write_documents
 
 from casallm.data import sources
 from casallm.data.sources import DataConfig, open_source, plan_units

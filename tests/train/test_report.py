@@ -3,8 +3,8 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from generated_run import PROMPTS, Stretch, make_run
 
+from casallm.estimate.cost import Interval
 from casallm.train.report import (
     group_samples,
     headline,
@@ -15,6 +15,7 @@ from casallm.train.report import (
 )
 from casallm.train.report_data import Section
 from casallm.train.report_loader import load_report_data
+from tests.train.generated_run import PROMPTS, Stretch, make_run
 
 HOSTILE = (
     "</blockquote><script>alert(1)</script>",
@@ -184,12 +185,12 @@ def test_a_model_worse_than_the_bigram_is_called_worse(tmp_path):
 def test_paid_stands_beside_predicted(tmp_path):
     data = load_report_data(make_run(tmp_path / "run", usd_per_hour=36.0))
 
-    tiles = headline(replace(data, predicted_usd=4.2))
+    tiles = headline(replace(data, predicted_usd=Interval(4.0, 4.2, 4.4)))
 
     assert (tiles[-1].label, tiles[-1].value, tiles[-1].note) == (
         "Cost",
         "$4.56",
-        "$4.20 predicted",
+        "paid $4.56, predicted $4.20 ($4.00 to $4.40): +9%, outside the 80 % interval",
     )
 
 

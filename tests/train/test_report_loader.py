@@ -2,7 +2,6 @@ import json
 import shlex
 
 import pytest
-from generated_run import DATASET, MACHINE, Stretch, make_run
 
 from casallm.config import build, merge, parse_overrides
 from casallm.data.manifest import Manifest
@@ -11,6 +10,7 @@ from casallm.storage.store import open_store
 from casallm.train.report_data import Baseline
 from casallm.train.report_loader import dataset_facts, format_time, load_report_data
 from casallm.train.run import RunConfig, identity_of, load_config, load_preset
+from tests.train.generated_run import DATASET, MACHINE, Stretch, make_run
 
 THREE = (
     Stretch(100, None),

@@ -31,7 +31,7 @@ class Notes:
     def on_interval(self, interval):
         self.intervals.append(interval)
 
-    def on_validation(self, state, result):
+    def on_validation(self, state, result, by_source):
         self.validations.append((state.step, result))
 
     def is_save_due(self, state):
