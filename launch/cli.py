@@ -52,7 +52,7 @@ def main() -> None:
 
 @app.command()
 def up(
-    job: Annotated[str, typer.Argument(help="pretrain, sft or evaluate.")],
+    job: Annotated[str, typer.Argument(help="pretrain or sft.")],
     settings: Settings = None,
     *,
     cloud: CloudOption = "aws",

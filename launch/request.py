@@ -9,8 +9,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
-Job = Literal["pretrain", "sft", "prepare", "evaluate"]
-JOBS: tuple[Job, ...] = ("pretrain", "sft", "prepare", "evaluate")
+Job = Literal["pretrain", "sft"]
+JOBS: tuple[Job, ...] = ("pretrain", "sft")
+"""What `up` launches; the other files in tasks/ are its first step, or for use by hand."""
 
 ACCOUNT = "ACCOUNT"
 """Stands for the account's number in the name of the default bucket until it is known."""

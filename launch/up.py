@@ -36,6 +36,9 @@ SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "NOTIFY")
 ROLE_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 """Only for machines of other clouds, which have no role in AWS."""
 
+NOTICES = ("aws", "gcp")
+"""Clouds whose notices of preemption the trainer understands."""
+
 BROUGHT_HOME = ("config.yaml", "finished.json", "metrics.jsonl", "samples.jsonl")
 BROUGHT_HOME_BELOW = ("report", "plots/", "model/", "tokenizer/")
 
@@ -94,6 +97,7 @@ def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
         "OFFERS": plan.offers_text(),
         "SETTINGS": " ".join(request.settings),
         "RANKS": str(request.ranks or ""),
+        "NOTICES": request.cloud if request.cloud in NOTICES else "off",
     }
     mounts = {}
     if request.job == "sft":

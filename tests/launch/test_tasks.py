@@ -133,8 +133,8 @@ def test_the_command_of_every_task_is_one_that_the_parser_accepts(job, tmp_path)
 def test_defaults_of_a_task_leave_every_choice_to_casallm(tmp_path):
     words = words_of("pretrain", tmp_path, given={"RUN": "s3://b/r"}, cluster=ONE_NODE)
 
-    money = ["budget.billed_from=boot", "budget.usd_per_hour=21.96"]
-    assert words == ["pretrain", "--run", "s3://b/r", *money]
+    machine = ["train.notices=aws", "budget.billed_from=boot", "budget.usd_per_hour=21.96"]
+    assert words == ["pretrain", "--run", "s3://b/r", *machine]
 
 
 def test_budget_and_deadline_of_a_task_reach_the_real_configuration(tmp_path):

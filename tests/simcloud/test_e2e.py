@@ -15,7 +15,7 @@ import pytest
 
 from tests.simcloud.cloud import BIN, CHECKOUT, SimulatedCloud, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 BUCKET = "s3://casallm-e2e"
 TINY = [
@@ -31,11 +31,11 @@ TINY = [
     "eval.every_steps=100000",
     "log.every_steps=10",
     "log.wandb=off",
-    "checkpoint.every_seconds=10",
+    "checkpoint.every_seconds=3",
 ]
 MACHINE = ["--preset", "tiny", "--gpu", "A100:8", "--region", "us-east-1", "--ranks", "1"]
 USD_PER_HOUR = 21.957642
-CALM_STEPS = 2000
+CALM_STEPS = 1000
 
 
 def up(run: str, *words: str) -> list[str]:
@@ -90,7 +90,7 @@ def _server(cloud):
 @pytest.fixture(scope="module")
 def calm(cloud):
     """The weights and the screen of a run on demand that nothing disturbed."""
-    done = cloud.launch(*up("calm", "--on-demand", f"train.steps={CALM_STEPS}"), timeout=1800)
+    done = cloud.launch(*up("calm", "--on-demand", f"train.steps={CALM_STEPS}"), timeout=2400)
     return weights(cloud, "calm"), done.stdout
 
 
@@ -120,7 +120,7 @@ def test_a_spot_run_that_is_preempted_ends_with_the_weights_of_the_calm_one(clou
 def test_a_budget_ends_the_run_annealed_and_it_is_not_started_again(cloud):
     command = up("cents", "--on-demand", "--budget", "1", "train.steps=1000000")
 
-    cloud.launch(*command, timeout=1800)
+    cloud.launch(*command, timeout=2400)
 
     usd = max(line["usd"] for line in metrics(cloud, "cents") if line.get("usd") is not None)
     assert usd <= 1.01 + USD_PER_HOUR / 60
@@ -129,7 +129,7 @@ def test_a_budget_ends_the_run_annealed_and_it_is_not_started_again(cloud):
     assert rates[-1] < 0.2 * max(rates)
     assert_nothing_left(cloud)
 
-    again = cloud.launch(*command, timeout=1800)
+    again = cloud.launch(*command, timeout=2400)
 
     assert "finished" in again.stdout
     assert_nothing_left(cloud)
@@ -167,7 +167,7 @@ def test_a_launcher_that_is_killed_five_times_is_reconciled(cloud):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
 
-    done = cloud.launch(*command[3:], timeout=1800)
+    done = cloud.launch(*command[3:], timeout=2400)
 
     assert finished(cloud, "killed")["step"] == 100
     assert done.stdout.rstrip().endswith("nothing left")
@@ -179,7 +179,7 @@ def test_a_key_is_in_no_file_log_or_process_that_outlives_its_job(cloud):
     words = up("canary", "--on-demand", "train.steps=20")
 
     done = cloud.run(
-        [sys.executable, "-m", "launch", *words], timeout=1800, HF_TOKEN=canary, NOTIFY=canary
+        [sys.executable, "-m", "launch", *words], timeout=2400, HF_TOKEN=canary, NOTIFY=canary
     )
 
     assert canary not in done.stdout + done.stderr
