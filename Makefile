@@ -92,7 +92,8 @@ bench: .venv/.installed-$(TESTED) ## the benchmarks that claims in the documenta
 	for script in benchmarks/*.py; do .venv/bin/python $$script; done
 
 chaos: .venv/.installed-$(TESTED) ## the fault campaign (SEED= COUNT= ONLY= OUT=)
-	.venv/bin/python -m tests.chaos
+	.venv/bin/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(COUNT),--count $(COUNT)) \
+	  $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
 
 e2e: .venv/.installed-$(TESTED) ## whole runs in a simulated cloud of this machine (needs root)
 	CASALLM_E2E=1 .venv/bin/python -m pytest -q tests/simcloud

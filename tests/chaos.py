@@ -18,8 +18,12 @@ from typing import Any
 
 import torch
 
-from tests.faults.campaigns import CAMPAIGNS
-from tests.faults.fixtures import memory_directory
+from tests.faults import campaigns
+from tests.faults.fixtures import memory_directory, stop_servers
+from tests.faults.kills import sigkills
+
+CAMPAIGNS = {**campaigns.CAMPAIGNS, "sigkills": (sigkills, 100)}
+"""Those of storage and checkpoints, and the one over real runs of three ranks."""
 
 
 def main() -> int:
@@ -30,6 +34,7 @@ def main() -> int:
         name: run_campaign(name, options.seed, options.count)
         for name in ([options.only] if options.only else CAMPAIGNS)
     }
+    stop_servers()
     report = {"date": f"{datetime.now(UTC):%Y-%m-%d}", "seed": options.seed, "campaigns": results}
     if options.out:
         options.out.write_text(json.dumps(report, indent=2) + "\n")
