@@ -301,6 +301,7 @@ def _explained() -> Iterator[None]:
     """Turn SkyPilot's exceptions into one sentence with the command that helps."""
     from sky import exceptions
 
+    anything_else = (RuntimeError, ValueError, *_own_errors(exceptions))
     try:
         yield
     except CloudError:
@@ -320,7 +321,7 @@ def _explained() -> Iterator[None]:
         raise CloudError(
             f"SkyPilot's API server stopped ({_first_sentence(error)}): run the same command again"
         ) from None
-    except (RuntimeError, ValueError, *_own_errors(exceptions)) as error:
+    except anything_else as error:
         raise CloudError(f"SkyPilot: {_first_sentence(error)}") from None
 
 
