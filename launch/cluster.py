@@ -301,7 +301,8 @@ def _explained() -> Iterator[None]:
     """Turn SkyPilot's exceptions into one sentence with the command that helps."""
     from sky import exceptions
 
-    anything_else = (RuntimeError, ValueError, *_own_errors(exceptions))
+    anything_else: tuple[type[Exception], ...] = (RuntimeError, ValueError)
+    anything_else += _own_errors(exceptions)
     try:
         yield
     except CloudError:
