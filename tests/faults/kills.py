@@ -19,10 +19,10 @@ from tests.faults.servers import CREDENTIALS
 from tests.train.real_run import RealRun
 
 KILLS_PER_RUN = 10
-STEPS = 400
-"""Long enough that kills meet every phase; with a checkpoint every 20 steps."""
+STEPS = 150
+"""Long enough that kills meet every phase; with a checkpoint every 10 steps."""
 
-SETTINGS = (f"train.steps={STEPS}", "checkpoint.every_steps=20", "eval.every_steps=200")
+SETTINGS = (f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=75")
 
 
 def sigkills(count: int, seed: int, directory: Path) -> Result:
