@@ -35,6 +35,9 @@ _THIRD_PERSON = re.compile(
     rf"{_ANY.pattern}(?:\s+(?:is|was|are|were|has|have|had|can|does|will|fue|es|ha|est|a|ist|wurde"
     r"|foi|è|był|создала?|это)\b|是|由|は)"
 )
+_PRONOUN = re.compile(r"^(?:it|they|he|she)\b", re.IGNORECASE)
+"""Begins a sentence about what the sentence before it names."""
+
 _FIRST_PERSON = re.compile(r"\b(?:i|me|my)\b", re.IGNORECASE)
 _CODE_BLOCK = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _BLOCK_QUOTE = re.compile(r"^\s*>.*$", re.MULTILINE)
@@ -132,12 +135,18 @@ class _Exchange:
             return text.strip().split("\n")[0]
         text = _plain(text if self.is_about_self else _without_others_words(text))
         any_case = self.is_about_self or text.islower()
+        last_named = ""
         for number, sentence in enumerate(_sentences(text)):
-            if not may_name_assistant(sentence):
+            if not (may_name_assistant(sentence) or (last_named and _PRONOUN.match(sentence))):
+                last_named = ""
                 continue
             marked = mark_assistants(sentence, self.own, any_case=any_case)
+            if last_named:
+                marked = _PRONOUN.sub(last_named, marked)
             if self._is_claim(marked, is_early=number < 2):
                 return sentence
+            named = _ANY.search(marked)
+            last_named = named[0] if named else ""
         return self._signature(text)
 
     def _signature(self, text: str) -> str | None:

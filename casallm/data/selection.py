@@ -6,6 +6,7 @@ that we generate are not judged, only cut. What is taken depends on the recipe, 
 tokenizer and the context length alone.
 """
 
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,11 @@ from casallm.data.recipe import IdentityConfig, Recipe, SourceConfig
 from casallm.data.rows import Row, hub_is_reachable, read_rows, stream_hub
 from casallm.data.tokenizer import Tokenizer
 from casallm.errors import DataError, MissingExtraError
+
+logger = logging.getLogger(__name__)
+
+REPORT_EVERY = 10_000
+"""Rows of a source after which a notice says how far it is."""
 
 Reason = DropReason | Literal["shortened", "not_drawn"]
 
@@ -61,8 +67,8 @@ def select(
     judge = _Judge(recipe.identity, tokenizer, context_length)
     selected = []
     for source in recipe.sources:
-        rows = _read(source, recipe.identity, seed)
-        selected.append(list(_take(judge.judge(source, rows), source.count)))
+        rows = judge.judge(source, _read(source, recipe.identity, seed))
+        selected.append(list(_take(rows, source)))
     _draw_by_weight(recipe.sources, selected, seed)
     return selected
 
@@ -177,13 +183,15 @@ def _check_columns(row: Row, source: SourceConfig) -> None:
         )
 
 
-def _take(rows: Iterator[JudgedRow], count: int | None) -> Iterator[JudgedRow]:
-    """`rows` until `count` of them are kept."""
+def _take(rows: Iterator[JudgedRow], source: SourceConfig) -> Iterator[JudgedRow]:
+    """`rows` until as many as the source's count are kept; says now and then how far it is."""
     n_kept = 0
-    for row in rows:
+    for n_rows, row in enumerate(rows, 1):
         yield row
         n_kept += row.kept
-        if n_kept == count:
+        if n_rows % REPORT_EVERY == 0:
+            logger.info("%s: %s conversations kept of %s", source.name, n_kept, n_rows)
+        if n_kept == source.count:
             return
 
 
