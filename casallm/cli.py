@@ -48,18 +48,14 @@ Settings = Annotated[
     list[str] | None,
     typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Any setting, such as optim.lr=3e-4."),
 ]
-Ranks = Annotated[
-    int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or one.")
-]
+Ranks = Annotated[int | None, typer.Option(min=1, help="Processes. Default: one per GPU, or one.")]
 Nodes = Annotated[int, typer.Option(min=1, help="Machines that train together.")]
 NodeRank = Annotated[int, typer.Option(min=0, help="Which of them this one is.")]
 MasterAddress = Annotated[str, typer.Option(help="Address of node 0.")]
 AllowChanges = Annotated[
     bool, typer.Option("--allow-changes", help="Resume although the settings differ.")
 ]
-DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

@@ -56,6 +56,9 @@ CHATS = (EVAL_PHRASINGS[0], EVAL_PHRASINGS[3], ORDINARY_PROMPTS[0], ORDINARY_PRO
 ANSWER_TOKENS = 96
 """Of one answer in the chat evaluation: a sentence or four."""
 
+SHORTEST_ANSWER = 8
+"""Chats are not judged where an answer could not have so many tokens."""
+
 ROOT = Path("data")
 
 
@@ -216,6 +219,7 @@ def _defaults(base: RunConfig, machine: Machine) -> Tree:
     return {
         "stage": "sft",
         "model": tree["model"],
+        "tokenizer": tree["tokenizer"],
         "optim": {**tree["optim"], "lr": float(f"{lr:.3g}")},
         "schedule": {"name": "cosine", "warmup_fraction": 0.03},
         "train": {
@@ -236,6 +240,11 @@ def _load_base(config: RunConfig) -> Trained:
 
 def _evaluate(trained: Trained, name: str) -> ChatEvaluation:
     longest = max(len(prompt_ids(chat, trained.tokenizer)) for chat in evaluation_chats())
+    if longest + SHORTEST_ANSWER > trained.context_length:
+        raise ConfigError(
+            f"a question of {longest} tokens leaves no room in a context of"
+            f" {trained.context_length}: train with a longer train.context_length"
+        )
     respond = partial(
         answer_chats,
         trained,
