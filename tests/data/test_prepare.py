@@ -12,7 +12,6 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.conftest import make_texts, write_documents
 
 from casallm.data import prepare as module
 from casallm.data import shards, sources, unit
@@ -27,6 +26,7 @@ from casallm.data.tokenizer import (
     train_tokenizer,
 )
 from casallm.errors import DataError
+from tests.data.conftest import make_texts, write_documents
 
 
 def files_of(directory):

@@ -3,11 +3,11 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.data.conftest import write_documents
 
 from casallm.data import sources
 from casallm.data.sources import DataConfig, open_source, plan_units
 from casallm.errors import DataError
+from tests.data.conftest import write_documents
 
 
 def lay_out(folder, *names):
