@@ -40,13 +40,13 @@ RENT = --cloud $(CLOUD) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pretrain prepare estimate-cost report verify runs status logs down test test-all lint \
+.PHONY: help setup pretrain sft prepare estimate-cost report verify runs status logs down test test-all lint \
   bench chaos e2e clean
 
 help: ## list the targets
 	@echo "make TARGET [VARIABLE=value ...]"
 	@grep -hE '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):[^#]*## (.*)/  \1|\2/' | column -t -s'|'
-	@echo "variables: PRESET PARAMS RUN DATA TOKENS RANKS BUDGET DEADLINE DRYRUN SET='section.key=value ...'"
+	@echo "variables: PRESET PARAMS RUN FROM DATA TOKENS RANKS BUDGET DEADLINE DRYRUN SET='section.key=value ...'"
 
 setup: .venv/.installed-$(EXTRAS) ## install into .venv what training needs (EXTRAS=train,data)
 
@@ -56,6 +56,15 @@ pretrain: .venv/.installed-train,data ## train a model: on this machine, or on C
 else
 pretrain: .venv/.installed-cloud
 	$(LAUNCH) up pretrain $(SIZE) $(RUN_OPTION) $(RANKS_OPTION) $(RENT) $(SET)
+endif
+
+ifeq ($(CLOUD),local)
+sft: .venv/.installed-train,data ## make an assistant of a pretrained run (FROM=, DATA=RECIPE)
+	$(CASALLM) sft $(if $(FROM),--from $(FROM)) $(if $(DATA),--data $(DATA)) $(RUN_OPTION) \
+	  $(RANKS_OPTION) $(LIMITS) $(DRY) $(SET)
+else
+sft: .venv/.installed-cloud
+	$(LAUNCH) up sft $(if $(FROM),--from $(FROM)) $(RUN_OPTION) $(RANKS_OPTION) $(RENT) $(SET)
 endif
 
 prepare: .venv/.installed-train,data ## turn documents (DATA=) into shards (OUT=)
