@@ -88,20 +88,24 @@ class _Exchange:
     def __init__(self, given: Sequence[str], own: set[str]) -> None:
         self.own = own
         self.given = given
+        self.grammar = load_grammar()
         question = given[-1].replace("\u2019", "'") if given else ""
-        self.question = (
-            question
-            if len(question) < 2 * _ENDS_CHARS
-            else (f"{question[:_ENDS_CHARS]}\n{question[-_ENDS_CHARS:]}")
-        )
-        self.is_about_self = load_grammar().asked_about_self.search(self.question) is not None
+        if len(question) > 2 * _ENDS_CHARS:
+            question = f"{question[:_ENDS_CHARS]}\n{question[-_ENDS_CHARS:]}"
+        self.question = question
+        self.is_about_self = self.grammar.asked_about_self.search(question) is not None
+
+    def find_claim(self, answer: str) -> str | None:
+        """The sentence of `answer` that claims to be another assistant, or None."""
+        claim = self._spoken_claim(answer.replace("\u2019", "'"))
+        return None if claim is not None and self.is_given_text else claim
 
     @cached_property
     def is_fiction(self) -> bool:
         """Whether the answer speaks for somebody else."""
         return (
-            load_grammar().fiction.search(self.question) is not None
-            or load_grammar().role_play.search(self.all_given) is not None
+            self.grammar.fiction.search(self.question) is not None
+            or self.grammar.role_play.search(self.all_given) is not None
         )
 
     @cached_property
@@ -118,20 +122,12 @@ class _Exchange:
     def is_given_text(self) -> bool:
         """Whether the names in the answer are those of a text that the user gave to work on."""
         return (
-            load_grammar().text_task.search(self.question) is not None
+            self.grammar.text_task.search(self.question) is not None
             and _ANY.search(self.marked_question) is not None
         )
 
-    def asks_whether(self) -> bool:
-        """Whether a mere "yes" would claim to be another assistant."""
-        return load_grammar().asked_whether.search(self.marked_question) is not None
-
-    def find_claim(self, answer: str) -> str | None:
-        """The sentence of `answer` that claims to be another assistant, or None."""
-        text = answer.replace("\u2019", "'")
-        if self.is_given_text or not text.strip():
-            return None
-        if load_grammar().yes.match(text) and self.asks_whether():
+    def _spoken_claim(self, text: str) -> str | None:
+        if self.grammar.yes.match(text) and self.grammar.asked_whether.search(self.marked_question):
             return text.strip().split("\n")[0]
         text = _plain(text if self.is_about_self else _without_others_words(text))
         any_case = self.is_about_self or text.islower()
@@ -161,25 +157,29 @@ class _Exchange:
         return signature["name"] if is_claim else None
 
     def _is_claim(self, sentence: str, *, is_early: bool) -> bool:
+        """Whether a marked sentence claims to be another assistant."""
         if not _ANY.search(sentence):
             return self._is_new_identity(sentence)
-        if load_grammar().uninvolved.search(sentence):
+        if self.grammar.uninvolved.search(sentence):
             return False
-        is_program = not self.is_fiction or load_grammar().about_ai.search(sentence) is not None
-        for pattern in load_grammar().claims:
+        for pattern in self.grammar.claims:
             for match in pattern.finditer(sentence):
-                is_meant = is_program or _SURE.search(match[0]) is not None
+                is_meant = _SURE.search(match[0]) is not None or self._is_about_program(sentence)
                 if is_meant and not _is_disowned(sentence, match):
                     return True
         return is_early and self.is_about_self and not self.is_fiction and _is_answer(sentence)
 
+    def _is_about_program(self, sentence: str) -> bool:
+        """Whether an ambiguous name in a first-person sentence means a program."""
+        return not self.is_fiction or self.grammar.about_ai.search(sentence) is not None
+
     def _is_new_identity(self, sentence: str) -> bool:
         """Whether a name or maker of no list is introduced as the assistant's own."""
-        if self.is_fiction or any(name in sentence.casefold() for name in self.own):
+        patterns = (self.grammar.new_name, self.grammar.new_maker)
+        names = [match[1] for pattern in patterns if (match := pattern.search(sentence))]
+        if not names or self.is_fiction or any(name in sentence.casefold() for name in self.own):
             return False
-        patterns = (load_grammar().new_name, load_grammar().new_maker)
-        found = (match for pattern in patterns if (match := pattern.search(sentence)))
-        return any(match[1].casefold() not in self.all_given for match in found)
+        return any(name.casefold() not in self.all_given for name in names)
 
 
 def _is_disowned(sentence: str, match: re.Match[str]) -> bool:
