@@ -85,12 +85,12 @@ class S3Bucket:
 
     def discard_unfinished(self, prefix: str, is_stale: Callable[[str], bool]) -> int:
         """Abort the open multipart uploads below `prefix` whose key is stale; how many."""
-        uploads = [
-            upload
-            for page in self._pages("list_multipart_uploads", Prefix=prefix)
-            for upload in page.get("Uploads", [])
-            if is_stale(upload["Key"])
-        ]
+        try:
+            pages = list(self._pages("list_multipart_uploads", Prefix=prefix))
+        except UploadGoneError:  # rclone says so where there are none
+            return 0
+        open_uploads = [upload for page in pages for upload in page.get("Uploads", [])]
+        uploads = [upload for upload in open_uploads if is_stale(upload["Key"])]
         for upload in uploads:
             with contextlib.suppress(UploadGoneError):
                 self._request(
@@ -115,7 +115,7 @@ class S3Bucket:
         except UploadGoneError as error:
             raise TransientError(str(error)) from None
         except BaseException:
-            with contextlib.suppress(StoreError, TransientError):
+            with contextlib.suppress(StoreError, TransientError, UploadGoneError):
                 self._once("abort_multipart_upload", Key=key, UploadId=upload_id)
             raise
         return is_acknowledged and all(is_confirmed for _, is_confirmed in sent)

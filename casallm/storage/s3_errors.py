@@ -90,8 +90,9 @@ def _from_answer(code: str, status: int, where: str) -> Exception:
         return StoreNotFoundError(f"there is no {where}")
     if status == 403:
         return StoreError(
-            f"access to {where} is denied ({code}): give the credentials from {_source()} the"
-            f" rights s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject on {bucket}"
+            f"access to {where} is denied ({code}): renew the credentials from {_source()} if they"
+            " are old, or give them the rights s3:ListBucket, s3:GetObject, s3:PutObject and"
+            f" s3:DeleteObject on {bucket}"
         )
     return StoreError(f"{bucket} refused a request about {where} ({code or status})")
 

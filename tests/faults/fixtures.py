@@ -71,7 +71,7 @@ class Bucket:
         """A store that sees the bucket as it is."""
         return RemoteStore(S3Bucket(self.name, endpoint_url=self.direct_url), f"{prefix}/")
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         """What is in the bucket."""
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
         return [item["Key"] for page in pages for item in page.get("Contents", [])]
@@ -101,8 +101,9 @@ def s3(credentials: None) -> Bucket:
 
 
 @pytest.fixture
-def s3_on_disk(credentials: None, tmp_path: Path) -> Iterator[tuple[Bucket, Path]]:
+def s3_on_disk(credentials: None, memory_path: Path) -> Iterator[tuple[Bucket, Path]]:
     """A bucket on rclone, and the directory in which its objects are plain files."""
-    with rclone_server(tmp_path) as url, contextlib.closing(FaultProxy(url)) as proxy:
-        (tmp_path / "bucket").mkdir()
-        yield Bucket("bucket", proxy, url, client(url)), tmp_path / "bucket"
+    server = memory_path / "server"
+    (server / "bucket").mkdir(parents=True)
+    with rclone_server(server) as url, contextlib.closing(FaultProxy(url)) as proxy:
+        yield Bucket("bucket", proxy, url, client(url)), server / "bucket"

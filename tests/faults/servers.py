@@ -32,12 +32,15 @@ def moto_server() -> Iterator[str]:
 
 @contextlib.contextmanager
 def rclone_server(directory: Path) -> Iterator[str]:
-    """The URL of an rclone server, whose buckets are the directories below `directory`."""
+    """The URL of an rclone server, whose buckets are the directories below `directory`.
+
+    It remembers directories for 0.2 s; with no memory at all (0s) it deadlocks now and then.
+    """
     port = _free_port()
     rclone = Path(sys.executable).with_name("rclone")
     command = [
         str(rclone), "serve", "s3", "--addr", f"127.0.0.1:{port}", "--auth-key", "test,testtest",
-        "--vfs-cache-mode", "off", "--dir-cache-time", "0s", "--config", os.devnull,
+        "--vfs-cache-mode", "off", "--dir-cache-time", "200ms", "--config", os.devnull,
         str(directory),
     ]  # fmt: skip
     with _server(command, port) as url:

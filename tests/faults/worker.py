@@ -7,6 +7,7 @@ import time
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
+import s3fs  # noqa: F401 - loaded once, for all workers
 import torch
 
 from casallm.errors import AttemptError

@@ -207,7 +207,7 @@ def test_an_upload_that_fails_publishes_nothing_and_leaves_nothing(
     with pytest.raises(StoreError, match="does not accept the credentials"):
         s3.store().put("big", path)
 
-    assert s3.keys() == s3.open_uploads() == []
+    assert s3.names() == s3.open_uploads() == []
 
 
 def test_dangling_uploads_are_aborted_but_not_those_of_the_living(s3: Bucket):
@@ -254,9 +254,10 @@ def test_errors_of_the_person_are_said_at_once_and_without_secrets(s3: Bucket):
         " AWS_SECRET_ACCESS_KEY (ExpiredToken): renew them, then run the same command again"
     )
     assert str(denied.value) == (
-        f"access to s3://{s3.name}/run/x is denied (AccessDenied): give the credentials from the"
-        " variables AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY the rights s3:ListBucket,"
-        f" s3:GetObject, s3:PutObject and s3:DeleteObject on s3://{s3.name}"
+        f"access to s3://{s3.name}/run/x is denied (AccessDenied): renew the credentials from the"
+        " variables AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY if they are old, or give them the"
+        " rights s3:ListBucket, s3:GetObject, s3:PutObject and s3:DeleteObject on"
+        f" s3://{s3.name}"
     )
     assert len(s3.proxy.requests) == 2
     assert "testtest" not in str(expired.value) + str(denied.value) + repr(store)
