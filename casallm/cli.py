@@ -10,18 +10,18 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casallm import __version__
+from casallm.cli_data import data_app, tokenizer_app
 from casallm.cli_estimate import estimate_command
+from casallm.cli_output import AsJson, new_table, print_json, print_table
 from casallm.config import build
 from casallm.errors import CasallmError, ConfigError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from casallm.train.nodes import Place
     from casallm.train.stage import Request
 
@@ -32,10 +32,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-)
-data_app = typer.Typer(no_args_is_help=True, help="Look into a data set.", rich_markup_mode=None)
-tokenizer_app = typer.Typer(
-    no_args_is_help=True, help="Train or try a tokenizer.", rich_markup_mode=None
 )
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
@@ -56,7 +52,6 @@ AllowChanges = Annotated[
     bool, typer.Option("--allow-changes", help="Resume although the settings differ.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main() -> None:
@@ -195,7 +190,7 @@ def sample(
     texts = reply(store, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
     pairs = list(zip(prompts, texts, strict=True))
     if as_json:
-        _print_json([{"prompt": asked, "text": text} for asked, text in pairs])
+        print_json([{"prompt": asked, "text": text} for asked, text in pairs])
         return
     print("\n\n".join(text if is_chat else asked + text for asked, text in pairs))
 
@@ -212,12 +207,12 @@ def runs(
 
     found = list_runs(open_store(place))
     if as_json:
-        _print_json([asdict(status) for status in found])
+        print_json([asdict(status) for status in found])
         return
     if not found:
         print(f"there are no runs in {place}")
         return
-    table = _table("run", "state", "step", "attempts", "usd", "newest checkpoint", "reason")
+    table = new_table("run", "state", "step", "attempts", "usd", "newest checkpoint", "reason")
     for status in found:
         usd = f"{status.usd:.2f}" if status.usd else "-"
         checkpoint = status.checkpoint or "-"
@@ -230,7 +225,7 @@ def runs(
             checkpoint,
             status.reason,
         )
-    _print_table(table)
+    print_table(table)
 
 
 @app.command()
@@ -245,7 +240,7 @@ def verify(run: RunArgument = None, *, as_json: AsJson = False) -> None:
     load_config(store)
     result = verify_run(store, scratch_of(store))
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         for checkpoint in result["checkpoints"]:
             verdict = "ok" if checkpoint["ok"] else "; ".join(checkpoint["problems"])
@@ -311,95 +306,6 @@ def prepare(
     print(f"{out} holds {counts}")
 
 
-@data_app.command("show")
-def data_show(
-    directory: Annotated[Path, typer.Argument(help="A directory of shards.")],
-    *,
-    as_json: AsJson = False,
-) -> None:
-    """Splits, tokens, documents, lengths, bytes a token, and the beginnings of documents."""
-    from casallm.data.summary import describe_dataset
-
-    summary = describe_dataset(directory)
-    if as_json:
-        _print_json(summary)
-        return
-    tokenizer = summary["tokenizer"]
-    print(f"{summary['directory']}  (sha256 {summary['sha256'][:12]}, {summary['dtype']})")
-    print(f"source     {json.dumps(summary['source'])}")
-    print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']:,} ids")
-    table = _table("split", "tokens", "documents", "shards", "bytes/token", "median", "longest")
-    for split, each in summary["splits"].items():
-        lengths = each["document_tokens"]
-        table.add_row(
-            split,
-            f"{each['tokens']:,}",
-            f"{each['documents']:,}",
-            f"{each['shards']:,}",
-            f"{each['bytes_per_token']:.2f}",
-            f"{lengths['median']:,.0f}",
-            f"{lengths['longest']:,}",
-        )
-    _print_table(table)
-    for split, each in summary["splits"].items():
-        for text in each["samples"]:
-            print(f"{split}: {' '.join(text.split())[:200]}")
-
-
-@data_app.command("verify")
-def data_verify(
-    directory: Annotated[Path, typer.Argument(help="A directory of shards.")],
-) -> None:
-    """Hash every shard and count its documents; ends with 1 if one is not what it was."""
-    from casallm.data.shards import verify_dataset
-
-    problems = verify_dataset(directory)
-    print("\n".join(problems) or f"{directory}: every shard is whole")
-    raise typer.Exit(1 if problems else 0)
-
-
-@tokenizer_app.command("train")
-def tokenizer_train(
-    *,
-    out: Annotated[Path, typer.Option(help="Directory for the vocabulary.")],
-    data: Annotated[str, typer.Option(help="builtin, a file, a directory or a glob.")] = "builtin",
-    text_column: Annotated[str, typer.Option(help="Column or field with the text.")] = "text",
-    vocab_size: Annotated[str, typer.Option(help="Ids, special tokens included.")] = "40960",
-) -> None:
-    """Train a byte-level BPE vocabulary on documents."""
-    from casallm.data.prepare import train_on_source
-    from casallm.data.sources import open_source
-    from casallm.units import parse_count
-
-    source = open_source(data, text_column=text_column)
-    tokenizer = train_on_source(source, parse_count(vocab_size, what="vocab-size"))
-    tokenizer.save(out)
-    print(f"{out} holds {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:12]}")
-
-
-@tokenizer_app.command("show")
-def tokenizer_show(
-    name: Annotated[str, typer.Argument(help="A directory, gpt2 or cl100k.")],
-    *,
-    text: Annotated[str, typer.Option(help="What to split.")] = "Hello, world!",
-    as_json: AsJson = False,
-) -> None:
-    """Show how a vocabulary splits a text."""
-    from casallm.data.summary import split_into_tokens
-    from casallm.data.tokenizer import TokenizerConfig, build_tokenizer
-
-    tokenizer = build_tokenizer(TokenizerConfig(name=name))
-    if tokenizer is None:
-        raise ConfigError("a vocabulary is needed: name its directory, gpt2 or cl100k")
-    pieces = split_into_tokens(tokenizer, text)
-    if as_json:
-        _print_json([{"id": token, "text": piece} for token, piece in pieces])
-        return
-    print(f"{tokenizer.name}, {tokenizer.vocab_size:,} ids: {len(pieces)} tokens")
-    for token, piece in pieces:
-        print(f"{token:>8}  {piece!r}")
-
-
 def _place(node_rank: int, nodes: int, master_addr: str) -> "Place":
     from casallm.train.nodes import Place
 
@@ -419,23 +325,3 @@ def _train(request: "Request", *, dry_run: bool) -> None:
     if answer:
         print(answer)
     raise typer.Exit(code)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2, ensure_ascii=False))
-
-
-def _table(*headings: str) -> "Table":
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in headings:
-        table.add_column(heading)
-    return table
-
-
-def _print_table(table: "Table") -> None:
-    from rich.console import Console
-
-    is_terminal = sys.stdout.isatty()
-    Console(width=None if is_terminal else 160).print(table)
