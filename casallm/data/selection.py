@@ -97,16 +97,16 @@ class _Judge:
         for number, row in rows:
             messages = parse_row(row) if isinstance(row, dict) else row
             judged = JudgedRow(source.name, number, messages or ())
-            if isinstance(row, dict):
+            if messages is None:
+                judged.reason, judged.evidence = "malformed", f"columns {', '.join(map(str, row))}"
+            elif isinstance(row, dict):
                 self._find_fault(judged, source, row)
             if judged.reason is None:
                 self._fit(judged)
             yield judged
 
     def _find_fault(self, judged: JudgedRow, source: SourceConfig, row: Row) -> None:
-        if parse_row(row) is None:
-            judged.reason, judged.evidence = "malformed", f"columns {', '.join(map(str, row))}"
-        elif any(str(row.get(column)) != value for column, value in source.where.items()):
+        if any(str(row.get(column)) != value for column, value in source.where.items()):
             judged.reason, judged.evidence = "excluded", "where"
         elif defect := find_defect(judged.messages, self._own_names):
             judged.reason, judged.evidence = defect.reason, defect.evidence
