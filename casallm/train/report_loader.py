@@ -1,11 +1,10 @@
 """What a run's directory tells a report.
 
-Two kinds of events are read beyond those that `journal` names: "dataset" (`dataset_facts`: which
-tokens) and "baseline" (the fields of a `BigramLoss`). A run that lacks either has a report that
-does not speak of it.
+Kinds of events are read beyond those that `journal` names: "dataset" (`dataset_facts`: which
+tokens), "baseline" (the fields of a `BigramLoss`), and those of `report_sft`. A run that lacks
+one has a report that does not speak of it.
 """
 
-import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -20,8 +19,10 @@ from casallm.train.attempts import Attempt, attempt_numbers, read_attempt, utc_n
 from casallm.train.journal import EVENTS, METRICS, merged_metrics, merged_samples, read_lines
 from casallm.train.metrics import Line
 from casallm.train.redaction import redacted
-from casallm.train.report_data import AttemptRow, Baseline, Command, ReportData, Section
-from casallm.train.run import IDENTITY, saved_settings
+from casallm.train.report_commands import commands_of
+from casallm.train.report_data import AttemptRow, Baseline, ReportData, Section
+from casallm.train.report_sft import chat_samples, sft_sections
+from casallm.train.run import saved_settings
 from casallm.train.status import read_finished
 from casallm.units import format_bytes, format_usd
 
@@ -41,11 +42,18 @@ def load_report_data(run: Store) -> ReportData:
     finished = read_finished(run)
     ended = _end(events[attempts[-1].number]) if attempts else None
     train = settings.get("train", {})
-    lines = merged_metrics(run)
+    lines, samples = merged_metrics(run), merged_samples(run)
+    stage = str(settings.get("stage", "pretrain"))
+    if stage == "sft":
+        sections = sft_sections(settings, dataset, everything, lines)
+        samples = chat_samples(samples)
+    else:
+        facts = _last(everything, "dataset")
+        sections = [_data_section(settings, dataset, facts, tokens_seen=_tokens_seen(lines))]
     return ReportData(
         name=run.url.rstrip("/").rsplit("/", 1)[-1],
         url=run.url,
-        stage=str(settings.get("stage", "pretrain")),
+        stage=stage,
         state="finished" if finished else "stopped" if ended else "running",
         reason=str((finished or ended or {}).get("reason", "")),
         total_steps=int(train["steps"]),
@@ -53,19 +61,14 @@ def load_report_data(run: Store) -> ReportData:
         context_length=int(train["context_length"]),
         model=_model(settings),
         lines=lines,
-        samples=merged_samples(run),
+        samples=samples,
         attempts=_attempt_rows(run, attempts, events),
         baseline=_baseline(everything),
         predicted_usd=_interval(attempts[0].info.get("predicted_usd")) if attempts else None,
         hardware=_hardware(newest.get("machine", {})),
-        sections=(
-            _data_section(
-                settings, dataset, _last(everything, "dataset"), tokens_seen=_tokens_seen(lines)
-            ),
-            _machine_section(newest),
-        ),
+        sections=(*sections, _machine_section(newest)),
         settings={**settings, "dataset": dataset},
-        commands=_commands(run.url, settings, is_over=finished is not None),
+        commands=commands_of(run.url, settings, is_over=finished is not None),
         written_at=format_time(utc_now()),
     )
 
@@ -204,33 +207,6 @@ def _machine_section(info: Mapping[str, Any]) -> Section:
     if software:
         rows.append(("Software", ", ".join(software)))
     return Section("Machine", tuple(rows))
-
-
-def _commands(url: str, settings: Tree, *, is_over: bool) -> tuple[Command, ...]:
-    run = shlex.quote(url)
-    commands = [] if is_over else [Command("Continue it", f"casallm pretrain --run {run}")]
-    return (
-        *commands,
-        Command("Read what it writes", f"casallm sample {run} --prompt 'The'"),
-        Command("Check every checkpoint", f"casallm verify {run}"),
-        Command("Do the same again", _reproduction(url, settings)),
-    )
-
-
-def _reproduction(url: str, settings: Tree) -> str:
-    """A command that trains the same model again: every setting that decides what is computed."""
-    sections = {**dict.fromkeys(("data", "tokenizer"), ()), **IDENTITY}
-    words = [f"casallm pretrain --run {shlex.quote(f'{url}-again')}"]
-    for section, names in sections.items():
-        values = settings.get(section)
-        if not isinstance(values, dict):
-            continue
-        words += [
-            shlex.quote(f"{section}.{name}={value}")
-            for name, value in values.items()
-            if (not names or name in names) and str(value) not in ("null", "None", "")
-        ]
-    return " ".join(words)
 
 
 def _interval(value: Any) -> Interval | None:
