@@ -5,10 +5,10 @@ from xml.etree import ElementTree
 
 import matplotlib as mpl
 import pytest
-from generated_run import training_numbers
 
 from casallm.train.picture import CSS_VARIABLES
 from casallm.train.plots import Drawable, Start, draw_plots
+from tests.train.generated_run import training_numbers
 
 NUMBERS = training_numbers(400, 10, None)
 STARTS = [Start(1_000_000, True), Start(2_000_000, False)]
