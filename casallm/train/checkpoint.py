@@ -51,7 +51,7 @@ class CheckpointConfig(Config):
     every_seconds: float | None = Field(default=None, gt=0)
     """Seconds between checkpoints; empty: from what a save costs and how often runs stop."""
     mtbf_hours: float = Field(default=24.0, gt=0)
-    """Mean hours between stops that are expected; a machine of one's own may stop once a day."""
+    """Mean hours between stops, as expected before any is seen; for a machine of one's own."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,9 @@ goes on, with a warning that says how old the newest durable checkpoint is.
 """
 
 import logging
+import os
+import sys
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -26,7 +29,7 @@ from casallm.storage.entry import Digest
 from casallm.storage.store import Store
 from casallm.train.attempts import Attempt, CheckpointName, assert_leading
 from casallm.train.checkpoint import CheckpointConfig, TrainState, find_problems, format_state
-from casallm.train.journal import AttemptLog
+from casallm.train.journal import AttemptLog, lifetimes_seconds
 from casallm.train.manifest import Manifest, directory_of, format_manifest
 from casallm.train.pace import Pace
 from casallm.train.retention import apply_retention, remove_checkpoint
@@ -39,6 +42,10 @@ log = logging.getLogger(__name__)
 
 FILE_BYTES = 256 << 20
 """Tensors are gathered into files of at most this size (a larger tensor is a file of its own)."""
+
+
+BACKGROUND_NICENESS = 10
+"""Where training wants every core, writing and hashing get about a tenth of one."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +87,13 @@ class CheckpointWriter:
         self._world_size = world_size
         self._scratch = scratch
         self._verified = {start} if start else set()
-        self._pace = Pace(config, start.step if start else 0)
+        lifetimes = lifetimes_seconds(run, attempt.number)
+        self._pace = Pace(config, start.step if start else 0, lifetimes)
         self._durable_time = time.monotonic()
         self._staging = Staging()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._executor = ThreadPoolExecutor(
+            1, thread_name_prefix="checkpoint", initializer=_let_training_go_first
+        )
         self._job: Future[None] | None = None
 
     @property
@@ -226,3 +236,9 @@ class CheckpointWriter:
             log.warning("older checkpoints of %s are not deleted: %s", self._run.url, error)
         if self._run.local_path is None:
             keep_in_tier(self._scratch, directory_of(name))
+
+
+def _let_training_go_first() -> None:
+    """Lower the priority of this thread and of those that it will start; Linux knows how."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BACKGROUND_NICENESS)

@@ -10,6 +10,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ Line = dict[str, Any]
 
 
 class AttemptLog:
-    """The metric lines, samples and events of one attempt; may be used from several threads.
+    """The metric lines, samples and events of one attempt.
 
+    May be used from several threads, but of one process at a time: the object is written whole.
     Opened again for the same attempt (its ranks were restarted), it continues what is there. In a
     bucket it is published every `publish_every_seconds` (None: only when `publish` is called).
     """
@@ -131,6 +133,20 @@ def spent_usd(run: Store) -> float:
                 spent = max(spent, float(line["usd"]))
                 break
     return spent
+
+
+def lifetimes_seconds(run: Store, before: int) -> list[float]:
+    """How long each of the twenty attempts before attempt `before` lived, by its own clock."""
+    lifetimes = []
+    for number in [n for n in attempt_numbers(run) if n < before][-20:]:
+        try:
+            times = [
+                datetime.fromisoformat(line["time"]) for line in read_lines(run, number, EVENTS)
+            ]
+            lifetimes.append(max(0.0, (times[-1] - times[0]).total_seconds()))
+        except (IndexError, KeyError, TypeError, ValueError):
+            continue
+    return lifetimes
 
 
 def _merged(run: Store, name: str, key: Callable[[Line], Any]) -> list[Line]:

@@ -1,8 +1,9 @@
 """When the next checkpoint is due: computed from what a save costs and how often runs stop."""
 
-import math
 import time
+from collections.abc import Sequence
 
+from casallm.estimate.spot import Recovery, best_interval
 from casallm.train.checkpoint import CheckpointConfig
 
 MAX_INTERVAL_SECONDS = 1800.0
@@ -18,27 +19,30 @@ BACKGROUND_COST_FRACTION = 0.05
 def interval_seconds(save_cost_seconds: float, mtbf_seconds: float, upload_seconds: float) -> float:
     """Seconds between checkpoints that lose the least time, at most half an hour.
 
-    Young's formula, sqrt(2 C M): C is what a save costs training, M the mean time between stops;
-    within a few percent of the optimum while C is far below M (Daly 2006, section 3). Never
-    shorter than an upload takes: the next one could not begin.
+    The interval that the estimator counts with; never shorter than an upload takes.
     """
-    best = math.sqrt(2 * save_cost_seconds * mtbf_seconds)
-    return max(min(best, MAX_INTERVAL_SECONDS), upload_seconds)
+    recovery = Recovery(stall=save_cost_seconds, upload=upload_seconds, restart=0.0)
+    return max(
+        min(float(best_interval(mtbf_seconds, recovery)), MAX_INTERVAL_SECONDS), upload_seconds
+    )
 
 
-def mtbf_seconds(uptimes_seconds: list[float], expected_seconds: float) -> float:
+def mtbf_seconds(lifetimes_seconds: Sequence[float], expected_seconds: float) -> float:
     """The mean time between stops, from how long past attempts lived and what was expected.
 
     The expectation counts like one attempt: it rules at first and fades as attempts are seen.
     """
-    return (sum(uptimes_seconds) + expected_seconds) / (len(uptimes_seconds) + 1)
+    return (sum(lifetimes_seconds) + expected_seconds) / (len(lifetimes_seconds) + 1)
 
 
 class Pace:
-    """Decides when to save, by `config`, by the clock and by what past saves have cost."""
+    """Decides when to save: by `config`, by the clock, by what past saves and stops have cost."""
 
-    def __init__(self, config: CheckpointConfig, start_step: int) -> None:
+    def __init__(
+        self, config: CheckpointConfig, start_step: int, lifetimes_seconds: Sequence[float]
+    ) -> None:
         self._config = config
+        self._mtbf_seconds = mtbf_seconds(lifetimes_seconds, 3600 * config.mtbf_hours)
         self._interval_seconds = FIRST_INTERVAL_SECONDS
         self.saved(start_step)
 
@@ -57,6 +61,4 @@ class Pace:
     def measured(self, stall_seconds: float, upload_seconds: float) -> None:
         """A save has stopped training for so long, and was stored for so long behind it."""
         cost = stall_seconds + BACKGROUND_COST_FRACTION * upload_seconds
-        self._interval_seconds = interval_seconds(
-            cost, self._config.mtbf_hours * 3600, upload_seconds
-        )
+        self._interval_seconds = interval_seconds(cost, self._mtbf_seconds, upload_seconds)

@@ -14,6 +14,7 @@ from casallm.train.journal import (
     EVENTS,
     METRICS,
     AttemptLog,
+    lifetimes_seconds,
     merged_metrics,
     merged_samples,
     read_lines,
@@ -112,6 +113,17 @@ def test_dollars_count_attempts_off_the_history_too(run: Store):
     write(run, None, range(1, 3), loss=1.0)
 
     assert spent_usd(run) == 3.5
+
+
+def test_lifetimes_of_past_attempts_are_read_from_their_events(tmp_path: Path):
+    run = LocalStore(tmp_path)
+    for number, times in enumerate((["10:00:00", "10:30:00"], ["09:00:00"], ["x"], []), start=1):
+        lines = [f'{{"kind":"save","time":"2026-11-22T{time}+00:00"}}' for time in times]
+        run.write(f"attempts/{number:06d}/attempt.json", b"")
+        run.write(f"attempts/{number:06d}/events.jsonl", "\n".join(lines).encode())
+
+    assert lifetimes_seconds(run, before=5) == [1800.0, 0.0]
+    assert lifetimes_seconds(run, before=2) == [1800.0]
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out_and_the_next_is_whole(tmp_path: Path):
