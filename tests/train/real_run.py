@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ SETTINGS = (
     "log.every_steps=1",
     "log.wandb=off",
 )
+PRETRAIN = ("pretrain", "--preset", "tiny", *SETTINGS)
 PATIENCE_SECONDS = 240
 
 
@@ -41,7 +42,7 @@ class Done:
 
 
 class RealRun:
-    """One run and the command that makes it, in the folder of its documents."""
+    """One run and the command that makes it, in the folder of its documents or recipe."""
 
     def __init__(
         self,
@@ -49,6 +50,7 @@ class RealRun:
         name: str,
         *,
         ranks: int,
+        command: Sequence[str] = PRETRAIN,
         url: str | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
@@ -57,9 +59,8 @@ class RealRun:
         self.url = url or f"runs/{name}"
         self._environment = {**os.environ, **(environment or {})}
         self._command = [
-            *(sys.executable, "-m", "casallm", "pretrain", "--preset", "tiny"),
+            *(sys.executable, "-m", "casallm", *command),
             *("--run", self.url, "--data", str(documents), "--ranks", str(ranks)),
-            *SETTINGS,
         ]
         self._process: subprocess.Popen[str] | None = None
 
