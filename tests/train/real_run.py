@@ -18,6 +18,7 @@ SETTINGS = (
     "model.d_model=32",
     "model.n_heads=2",
     "model.vocab_size=400",
+    "optim.lr=2e-3",
     "train.steps=24",
     "train.context_length=32",
     "train.global_batch_size=7",
