@@ -91,22 +91,19 @@ class RemoteStore:
         raise self._unsteady(name)
 
     def get(self, name: str, path: Path, *, sha256: str | None = None) -> None:
-        """Download `name` to `path`, whole and verified."""
-        key = self._key(name)
+        """Download `name` to `path`, whole and verified; read twice where no hash is known."""
+        expected = sha256 or self._agreed_sha256(name)
         seen: set[str] = set()
         for _ in range(TRANSFERS):
             with temporary_path(path) as partial:
-                stat = self._bucket.stat(key)
-                pieces = _Hashed(self._pieces(key, stat.bytes))
-                found = write_file(partial, pieces).sha256
-                is_confirmed = stat.md5 == pieces.md5.hexdigest() or found in seen
-                if found == sha256 or (sha256 is None and is_confirmed):
+                found = write_file(partial, self._all_pieces(name)).sha256
+                if found == expected:
                     partial.replace(path)
                     return
-            if is_confirmed:
+            if found in seen:
                 raise StoreDamagedError(
                     f"{self.url}/{name} is damaged where it lies: its sha256 is {found[:12]}… and"
-                    f" should be {str(sha256)[:12]}…"
+                    f" should be {expected[:12]}…"
                 )
             log.warning("%s/%s arrived damaged and is fetched again", self.url, name)
             seen.add(found)
@@ -124,19 +121,14 @@ class RemoteStore:
 
     def matches(self, name: str, digest: Digest) -> bool:
         """Whether the content of `name` is what `digest` says; a doubtful reading is repeated."""
-        key = self._key(name)
         seen: set[str] = set()
         for _ in range(TRANSFERS):
-            stat = self._bucket.stat(key)
-            if stat.bytes != digest.bytes:
+            if self._bucket.stat(self._key(name)).bytes != digest.bytes:
                 return False
-            pieces = _Hashed(self._pieces(key, stat.bytes))
-            for _piece in pieces:
-                pass
-            found = pieces.sha256.hexdigest()
+            found = self._sha256(name)
             if found == digest.sha256:
                 return True
-            if found in seen or stat.md5 == pieces.md5.hexdigest():
+            if found in seen:
                 return False
             seen.add(found)
         raise self._unsteady(name)
@@ -174,6 +166,27 @@ class RemoteStore:
 
         return in_parallel(fetch, ranges(size, PART_BYTES))
 
+    def _all_pieces(self, name: str) -> Iterator[bytes]:
+        key = self._key(name)
+        return self._pieces(key, self._bucket.stat(key).bytes)
+
+    def _sha256(self, name: str) -> str:
+        """The sha256 of one reading."""
+        sha256 = hashlib.sha256()
+        for piece in self._all_pieces(name):
+            sha256.update(piece)
+        return sha256.hexdigest()
+
+    def _agreed_sha256(self, name: str) -> str:
+        """The sha256 in which two readings agree."""
+        seen: set[str] = set()
+        for _ in range(TRANSFERS):
+            found = self._sha256(name)
+            if found in seen:
+                return found
+            seen.add(found)
+        raise self._unsteady(name)
+
     def _upload(self, name: str, source: Source, digest: Digest) -> None:
         for _ in range(TRANSFERS):
             if self._bucket.upload(self._key(name), source) or self.matches(name, digest):
@@ -204,21 +217,6 @@ class RemoteStore:
             f"{self.url}/{name} was transferred {TRANSFERS} times and arrived damaged each time:"
             " the network or the memory of this machine is at fault, so use another"
         )
-
-
-class _Hashed:
-    """Pieces as they pass, hashed both ways."""
-
-    def __init__(self, pieces: Iterator[bytes]) -> None:
-        self.sha256 = hashlib.sha256()
-        self.md5 = hashlib.md5(usedforsecurity=False)
-        self._pieces = pieces
-
-    def __iter__(self) -> Iterator[bytes]:
-        for piece in self._pieces:
-            self.sha256.update(piece)
-            self.md5.update(piece)
-            yield piece
 
 
 def _md5(data: bytes) -> str:

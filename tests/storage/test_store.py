@@ -2,11 +2,17 @@ import importlib.util
 import itertools
 import json
 from pathlib import Path
+from typing import ClassVar
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from casallm.errors import MissingExtraError, StoreError, StoreExistsError, StoreNotFoundError
 from casallm.storage.entry import Entry, digest_bytes
+from casallm.storage.file_system import FileSystemBucket
+from casallm.storage.remote import RemoteStore
+from casallm.storage.retry import Patience
 from casallm.storage.sealed import seal, unseal
 from casallm.storage.store import Store, open_store
 
@@ -105,3 +111,46 @@ def test_torn_empty_and_foreign_documents_are_refused():
             unseal(torn, "hash")
     with pytest.raises(ValueError, match="does not match"):
         unseal(json.dumps(json.loads(data)).encode(), "hash")
+
+
+class Flaky(MemoryFileSystem):
+    """A file system of fsspec in which requests fail as told."""
+
+    protocol = "flaky"
+    failures: ClassVar[list[OSError]] = []
+
+    def cat_file(self, *arguments: object, **options: object) -> bytes:
+        if self.failures:
+            raise self.failures.pop()
+        return super().cat_file(*arguments, **options)
+
+
+@pytest.fixture
+def flaky() -> Store:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    patience = Patience(tries=3, first_delay_seconds=0.001)
+    store = RemoteStore(FileSystemBucket("flaky", "bucket", patience), "run/")
+    store.write("x", b"content")
+    return store
+
+
+def test_requests_to_any_file_system_are_repeated_in_bounds(flaky: Store):
+    Flaky.failures[:] = [ConnectionError()] * 2
+    assert flaky.read("x") == b"content"
+
+    Flaky.failures[:] = [ConnectionError()] * 3
+    with pytest.raises(StoreError, match=r"flaky://bucket/run/x failed 3 times \(last: Connection"):
+        flaky.read("x")
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(), OSError("Forbidden: x"), OSError("Forbidden")]
+)
+def test_a_denied_request_to_any_file_system_is_an_advice_at_once(flaky: Store, error: OSError):
+    Flaky.failures[:] = [error]
+
+    with pytest.raises(
+        StoreError, match="access to flaky://bucket/run/x is denied: check the cred"
+    ):
+        flaky.read("x")
+    assert Flaky.failures == []
