@@ -21,8 +21,9 @@ SETTINGS = (
     "model.d_model=32",
     "model.n_heads=2",
     "model.vocab_size=400",
+    "optim.lr=2e-3",
     "train.steps=24",
-    "train.context_length=64",
+    "train.context_length=128",
     "train.global_batch_size=16",
 )
 
@@ -55,8 +56,7 @@ def make_base(
     journal.close()
     dataset = {"manifest_sha256": "ab" * 32, "tokenizer_fingerprint": tokenizer.fingerprint}
     save_config(run, config, dataset)
-    if is_finished:
-        finish(run, attempt, step=config.train.steps, reason="all steps are done")
+    finish(run, attempt, step=config.train.steps, reason="all steps are done")
     return run
 
 
