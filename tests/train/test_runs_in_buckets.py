@@ -45,7 +45,7 @@ def test_a_lost_machine_and_a_bad_network_cost_no_bit(calm, documents, s3, tmp_p
     assert done.code == 0, done.stderr
     s3.proxy.behave()
     assert again.weights() == calm.weights()
-    keys = s3.keys()
+    keys = s3.names()
     assert "run/report.html" in keys
     assert s3.open_uploads() == []
 
@@ -95,7 +95,7 @@ def test_with_notice_the_run_is_saved_and_asks_to_be_run_again(documents, s3, tm
     expected = {"aws": "AWS spot notice", "gcp": "GCP preemption notice", "SIGTERM": "SIGTERM"}
     assert expected[notice] in done.stdout
     step = int(done.stdout.split("at step ")[1].split(" of")[0].replace(",", ""))
-    keys = s3.keys()
+    keys = s3.names()
     assert f"run/checkpoints/step-{step:08d}-a1/manifest.json" in keys
 
 
