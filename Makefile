@@ -19,6 +19,7 @@ DEADLINE ?=
 NOTIFY   ?=
 BUCKET   ?=
 YES      ?=
+DIRTY    ?=
 DRYRUN   ?=
 SET      ?=
 EXTRAS   ?= train,data
@@ -36,7 +37,8 @@ DRY = $(if $(DRYRUN),--dry-run)
 RENT = --cloud $(CLOUD) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) \
   $(if $(REGION),--region $(REGION)) $(if $(filter 0,$(SPOT)),--on-demand) \
   $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEADLINE),--deadline $(DEADLINE)) \
-  $(if $(NOTIFY),--notify $(NOTIFY)) $(if $(BUCKET),--bucket $(BUCKET)) $(if $(YES),--yes) $(DRY)
+  $(if $(NOTIFY),--notify $(NOTIFY)) $(if $(BUCKET),--bucket $(BUCKET)) \
+  $(if $(DIRTY),--allow-dirty) $(if $(YES),--yes) $(DRY)
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -47,6 +49,7 @@ help: ## list the targets
 	@echo "make TARGET [VARIABLE=value ...]"
 	@grep -hE '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):[^#]*## (.*)/  \1|\2/' | column -t -s'|'
 	@echo "variables: PRESET PARAMS RUN FROM DATA TOKENS RANKS BUDGET DEADLINE DRYRUN SET='section.key=value ...'"
+	@echo "in a cloud: CLOUD GPU NODES REGION SPOT=0 BUCKET NOTIFY YES DIRTY (send uncommitted code)"
 
 setup: .venv/.installed-$(EXTRAS) ## install into .venv what training needs (EXTRAS=train,data)
 
@@ -86,7 +89,8 @@ runs: .venv/.installed-train,data ## list the runs
 	$(CASALLM) runs
 
 status logs down: .venv/.installed-cloud ## what runs in the cloud, what it says, and its end (RUN=)
-	$(LAUNCH) $@ $(RUN)
+	$(LAUNCH) $@ $(RUN_OPTION) $(if $(BUCKET),--bucket $(BUCKET)) \
+	  $(if $(filter down,$@),$(if $(filter-out local,$(CLOUD)),--cloud $(CLOUD)) $(if $(YES),--yes))
 
 test: .venv/.installed-$(TESTED) ## the test suite, a few minutes on two cores
 	.venv/bin/python -m pytest -q -n 2 -m "not slow and not gpu and not network"
