@@ -22,11 +22,13 @@ class Grammar:
 
     claims: tuple[re.Pattern[str], ...]
     asked_whether: re.Pattern[str]
+    asked_which: re.Pattern[str]
     asked_about_self: re.Pattern[str]
     about_ai: re.Pattern[str]
     denied: re.Pattern[str]
     denied_after: re.Pattern[str]
     fiction: re.Pattern[str]
+    likely_claims: re.Pattern[str]
     new_maker: re.Pattern[str]
     new_name: re.Pattern[str]
     reported: re.Pattern[str]

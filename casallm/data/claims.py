@@ -93,7 +93,13 @@ class _Exchange:
         if len(question) > 2 * _ENDS_CHARS:
             question = f"{question[:_ENDS_CHARS]}\n{question[-_ENDS_CHARS:]}"
         self.question = question
-        self.is_about_self = self.grammar.asked_about_self.search(question) is not None
+        self.is_about_self = self._asks_who_it_is(_QUOTATION.sub("", question))
+
+    def _asks_who_it_is(self, question: str) -> bool:
+        if self.grammar.asked_about_self.search(question):
+            return True
+        marked = mark_assistants(question, self.own, any_case=True)
+        return self.grammar.asked_which.search(marked) is not None
 
     def find_claim(self, answer: str) -> str | None:
         """The sentence of `answer` that claims to be another assistant, or None."""
@@ -167,6 +173,8 @@ class _Exchange:
                 is_meant = _SURE.search(match[0]) is not None or self._is_about_program(sentence)
                 if is_meant and not _is_disowned(sentence, match):
                     return True
+        if not self.is_fiction and self.grammar.likely_claims.search(sentence):
+            return True
         return is_early and self.is_about_self and not self.is_fiction and _is_answer(sentence)
 
     def _is_about_program(self, sentence: str) -> bool:

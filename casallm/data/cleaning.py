@@ -162,7 +162,7 @@ def _reads_as_prose(tail: str) -> bool:
     words = tail.split()
     if _FAREWELL.search(tail) or tail.startswith(("-", "\u2013", "\u2014", "http")) or ":" in tail:
         return False
-    if words[-1].startswith(("#", "@")):
+    if words[-1].startswith("#") or re.search(r"[@./]", words[-1]):
         return False
     if len(words) == 1:
         return words[0].lower() in _NEVER_LAST or words[0].lower() in ("for", "in", "to", "this")
