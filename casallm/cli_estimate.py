@@ -78,6 +78,7 @@ def estimate_command(
             deadline_hours=_maybe(parse_hours, deadline, "--deadline"),
             usd_per_gpu_hour=_maybe(parse_usd, price_per_gpu_hour, "--price-per-gpu-hour"),
             measured_tokens_per_second=measured_tokens_per_second,
+            is_own=shape is None,
             wishes=_wishes(stack, precision, recompute, micro_batch),
         )
     )

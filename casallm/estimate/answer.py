@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from casallm.estimate.cost import Interval
 from casallm.estimate.estimator import PRICE_GIVEN, Estimate, OfferEstimate
-from casallm.estimate.layout import fits_ddp, most_sequences
-from casallm.estimate.memory import Memory, training_memory
+from casallm.estimate.layout import fits_ddp, most_sequences, setup_memory
 from casallm.estimate.prices import STALE_DAYS
 from casallm.estimate.scaling import FINEWEB_EDU_TOKENS, loss_range
-from casallm.estimate.throughput import Setup, step_time
+from casallm.estimate.throughput import PRUDENCE, Setup, step_time
 from casallm.units import format_bytes, format_count, format_usd
 
 if TYPE_CHECKING:
@@ -81,6 +80,13 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
             "The figures are for a state that is sharded over the GPUs; casallm's trainer does"
             " not do."
         )
+    needed = setup_memory(estimate.offers[0].job.setup).total
+    memory = estimate.offers[0].job.setup.hardware.memory_bytes
+    if needed > memory:
+        found.append(
+            f"By this count a GPU needs {format_bytes(needed)} and has {format_bytes(memory)}:"
+            " that fits programs which cut the loss in pieces."
+        )
     if estimate.tokens > FINEWEB_EDU_TOKENS:
         found.append(
             f"{format_count(estimate.tokens)} tokens are more than FineWeb-Edu's"
@@ -111,7 +117,7 @@ def format_explain(estimate: Estimate, *, width: int = 100) -> str:
         f"Layout    micro-batch {setup.micro_batch_size} x {setup.context_length} tokens, global"
         f" batch {setup.global_batch_size}, recompute {setup.recompute}; {shards}",
         *_explain_memory(best.job.setup),
-        *_explain_rate(best),
+        *_explain_rate(estimate),
         f"Hours     {format_count(estimate.tokens)} / {format_count(job.rate.p50)} tokens/s ="
         f" {hours:.1f} h of training; {bill.hours.p50:.1f} h all in, goodput {bill.goodput:.1%}",
         "Bill",
@@ -225,7 +231,7 @@ def _price_age(estimate: Estimate, today: datetime.date) -> str:
 
 
 def _explain_memory(setup: Setup) -> list[str]:
-    memory = _memory(setup)
+    memory = setup_memory(setup)
     parts = ", ".join(
         f"{name} {format_bytes(getattr(memory, name))}"
         for name in ("weights", "gradients", "optimizer", "activations", "logits", "margin")
@@ -238,31 +244,27 @@ def _explain_memory(setup: Setup) -> list[str]:
     ]
 
 
-def _memory(setup: Setup) -> Memory:
-    return training_memory(
-        setup.config,
-        setup.micro_batch_size,
-        setup.context_length,
-        precision=setup.precision,
-        recompute=setup.recompute,
-        stack=setup.stack,
-        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
-    )
-
-
-def _explain_rate(best: OfferEstimate) -> list[str]:
-    job, setup = best.job, best.job.setup
-    time = step_time(setup)
+def _explain_rate(estimate: Estimate) -> list[str]:
+    best = estimate.offers[0]
+    job, time = best.job, step_time(best.job.setup)
     parts = ", ".join(
         f"{name} {getattr(time, name) / time.seconds:.0%}"
         for name in ("matrix", "attention", "tail", "communication", "optimizer")
     )
     spread = f"{format_count(job.rate.p10)} to {format_count(job.rate.p90)}"
-    return [
+    lines = [
         f"Rate      a step of {format_count(time.tokens)} tokens takes {time.seconds:.2f} s:",
         f"          {parts}",
-        f"          {format_count(job.rate.p50)} tokens/s ({spread}), {best.mfu:.1%} MFU",
     ]
+    if estimate.request.measured_tokens_per_second is not None:
+        lines.append("          the run's own rate replaces that:")
+    elif estimate.request.is_own:
+        lines.append(
+            f"          x {PRUDENCE:g}, what whole runs keep of it elsewhere (casallm's own is not"
+            " measured)"
+        )
+    lines.append(f"          {format_count(job.rate.p50)} tokens/s ({spread}), {best.mfu:.1%} MFU")
+    return lines
 
 
 def _shape(estimate: Estimate) -> str:
@@ -297,7 +299,7 @@ def _offer_json(each: OfferEstimate) -> dict[str, Any]:
         "recompute": job.setup.recompute,
         "sharding": job.setup.sharding,
         "fits_ddp": fits_ddp(job.setup),
-        "memory_bytes": _memory(job.setup).total,
+        "memory_bytes": setup_memory(job.setup).total,
         "goodput": bill.goodput,
         "checkpoint_seconds": bill.checkpoint_seconds,
         "preemptions": bill.preemptions,

@@ -62,6 +62,8 @@ class EstimateRequest:
     """A price given by hand; answers without any price list."""
     measured_tokens_per_second: float | None = None
     """The run's own rate, all GPUs together."""
+    is_own: bool = True
+    """Whether casallm's own program trains it, whose rate nobody has measured yet."""
     wishes: Wishes = field(default_factory=Wishes)
     prices: Prices | None = None
     """Default: the user's SkyPilot catalog, or the snapshot."""
@@ -221,7 +223,7 @@ def _job(
         n_nodes=request.n_nodes,
         wishes=wishes,
     )
-    rate: Throughput = throughput.predict(setup)
+    rate: Throughput = throughput.predict(setup, is_own=request.is_own)
     if request.measured_tokens_per_second is not None:
         rate = throughput.measured(request.measured_tokens_per_second)
     return Job(offer, is_spot, setup, rate, tokens)

@@ -5,8 +5,9 @@ V100 and T4 have no bf16 and are listed with fp16. Bandwidths are bytes a second
 
 No chip holds its peak: `sustained_fraction` is what large matrix products really reach. Measured:
 A100 268 of 312 TFLOP/s (Bekman, ML Engineering, 2024), H100 and H200 720 of 989 (SemiAnalysis,
-December 2024), B200 1,450 of 2,250 in shapes of language models (arXiv 2604.23466), T4 24 of 65
-(its 70 W throttle it; NVIDIA's forum). Assumed from power limits and kin: the others.
+December 2024), T4 24 of 65 (its 70 W throttle it; NVIDIA's forum). B200: products reach 1,450 of
+2,250 (arXiv 2604.23466), published training less; between them. Assumed from power limits and kin:
+the others.
 """
 
 import math
@@ -64,7 +65,7 @@ _GPUS = (
     Hardware(
         "H200", 989e12, 1979e12, int(139.8 * GIB), 4800e9, 450e9, True, 0.73, 0.6, 400e9, True
     ),
-    Hardware("B200", 2250e12, 4500e12, 178 * GIB, 7700e9, 900e9, True, 0.58, 0.6, 400e9),
+    Hardware("B200", 2250e12, 4500e12, 178 * GIB, 7700e9, 900e9, True, 0.5, 0.6, 400e9),
 )
 GPUS: dict[str, Hardware] = {gpu.name: gpu for gpu in _GPUS}
 

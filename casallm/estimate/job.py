@@ -141,7 +141,8 @@ class Hours:
 
 def count_hours(job: Job, draws: Draws) -> Hours:
     """The hours of `job` for each of `draws`."""
-    rate = job.rate.p50 * np.exp(job.rate.sigma * draws.rate)
+    sigma = job.rate.sigma * np.where(draws.rate < 0, job.rate.skew, 1.0)
+    rate = job.rate.p50 * np.exp(sigma * draws.rate)
     seconds = np.array([[job.tokens], [job.eval_tokens / 3], [job.sft_tokens]]) / rate
     train, evaluate, sft = seconds / 3600
     scale = np.exp(SETUP_SPREAD * draws.setup)

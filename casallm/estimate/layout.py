@@ -13,7 +13,15 @@ from functools import lru_cache
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params
 from casallm.estimate.hardware import Hardware
-from casallm.estimate.memory import Precision, Recompute, Sharding, Stack, largest_micro_batch
+from casallm.estimate.memory import (
+    Memory,
+    Precision,
+    Recompute,
+    Sharding,
+    Stack,
+    largest_micro_batch,
+    training_memory,
+)
 from casallm.estimate.throughput import Setup, step_time
 from casallm.units import format_bytes, format_count
 
@@ -22,6 +30,10 @@ MAX_MICRO_TOKENS = 65_536
 
 MIN_STEP_TOKENS = 16_384
 """Tokens of a GPU in an optimizer step below which people rather enlarge the global batch."""
+
+TIGHT = 1.15
+"""Programs train models whose memory, as counted here, is this much more than a GPU has: they cut
+the loss in pieces. The tightest sharded layout may be so large where nothing else fits."""
 
 DDP_BONUS = 1.15
 """DDP is preferred while it is at most this much slower: it is simpler, and casallm's own."""
@@ -79,7 +91,7 @@ def plan_layout(
         precision=wanted.precision,
         node_bandwidth=wanted.node_bandwidth,
     )
-    layouts = list(_layouts(base, wanted))
+    layouts = list(_layouts(base, wanted)) or list(_tight_layouts(base, wanted))
     if not layouts:
         raise ConfigError(_nothing_fits(base, wanted))
     return max(layouts, key=_preference)
@@ -103,6 +115,19 @@ def most_sequences(setup: Setup) -> int:
     )
 
 
+def setup_memory(setup: Setup) -> Memory:
+    """What `setup` takes of every GPU."""
+    return training_memory(
+        setup.config,
+        setup.micro_batch_size,
+        setup.context_length,
+        precision=setup.precision,
+        recompute=setup.recompute,
+        stack=setup.stack,
+        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
+    )
+
+
 def _preference(setup: Setup) -> float:
     rate = step_time(setup).tokens_per_second
     return rate * DDP_BONUS if setup.sharding == "ddp" else rate
@@ -117,6 +142,15 @@ def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
             setup = replace(base, sharding=sharding, recompute=recompute)
             for size in _micro_batch_sizes(setup, wanted):
                 yield replace(setup, micro_batch_size=size)
+
+
+def _tight_layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
+    is_open = wanted.sharding in (None, "fsdp") and wanted.recompute in (None, "full")
+    if base.n_gpus == 1 or not is_open or (wanted.micro_batch_size or 1) > 1:
+        return
+    setup = replace(base, sharding="fsdp", recompute="full")
+    if setup_memory(setup).total <= TIGHT * base.hardware.memory_bytes:
+        yield setup
 
 
 def _micro_batch_sizes(setup: Setup, wanted: Wishes) -> Iterator[int]:

@@ -80,7 +80,15 @@ def test_the_interval_is_wider_where_less_is_known():
     assert known.p10 < known.p50 < known.p90
     assert unknown.sigma > known.sigma
     assert far.sigma > known.sigma
-    assert known.p90 / known.p50 == pytest.approx(known.p50 / known.p10)
+    assert known.p90 / known.p50 < known.p50 / known.p10
+
+
+def test_casallms_own_rate_is_promised_with_prudence():
+    published, own = predict(setup()), predict(setup(), is_own=True)
+
+    assert own.p50 == pytest.approx(throughput.PRUDENCE * published.p50)
+    assert own.p90 < published.p90
+    assert own.p90 / own.p50 == pytest.approx(own.p50 / own.p10)
 
 
 def test_a_measured_rate_replaces_the_prediction():
