@@ -1,7 +1,8 @@
 """What one would write by hand instead: a GPT and its training loop in a hundred lines.
 
 Used by `versus_plain_loop.py`. It shares nothing with casallm but the shards: plain PyTorch,
-windows drawn at random, the usual AdamW and cosine. Same shape as the modern family.
+windows drawn at random, the usual AdamW and cosine. Same shape and initialisation as the modern
+family.
 """
 
 import math
@@ -74,7 +75,8 @@ class PlainGPT(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 zero = name.endswith(("out.weight", "down.weight"))
-                nn.init.zeros_(p) if zero else nn.init.normal_(p, std=0.02)
+                std = 0.02 if name.startswith("embedding") else s.d_model**-0.5
+                nn.init.zeros_(p) if zero else nn.init.normal_(p, std=std)
 
     def forward(self, tokens, targets):
         x = self.embedding(tokens)

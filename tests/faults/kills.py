@@ -1,10 +1,12 @@
 """The campaign of random SIGKILLs over real runs: three ranks, checkpoints in a bucket.
 
-Each run is killed about ten times, at instants spread over starting, training, saving and
-uploading, now the supervisor, now one rank; every third time the machine's disk is lost with it.
-Every run must end with the weights of the one that nothing disturbed.
+Each run is killed again and again until it gets through, at instants spread over starting,
+training, saving and uploading: now the supervisor alone, now a rank and then the supervisor; every
+third time the machine's disk is lost with it. Only a kill of a process that was alive counts. Every
+run must end with the weights of the one that nothing disturbed.
 """
 
+import itertools
 import os
 import random
 import shutil
@@ -18,7 +20,6 @@ from tests.faults.fixtures import moto
 from tests.faults.servers import CREDENTIALS
 from tests.train.real_run import RealRun
 
-KILLS_PER_RUN = 10
 STEPS = 150
 """Long enough that kills meet every phase; with a checkpoint every 10 steps."""
 
@@ -38,14 +39,14 @@ def sigkills(count: int, seed: int, directory: Path) -> Result:
     calm_seconds = time.monotonic() - begin
     url, _, client = moto()
     client.create_bucket(Bucket="chaos")
-    number = 0
-    while result.faults < count:
-        number += 1
+    for number in itertools.count(1):
         run = _Run(documents, directory, number, url)
-        run.disturb(min(KILLS_PER_RUN, count - result.faults), calm_seconds, dice, result)
+        run.disturb(count - result.faults, calm_seconds, dice, result)
+        result.count("runs")
         if run.finish() != calm.weights():
             result.broken.append(f"run {number}: other weights than the calm run")
-        result.count("runs")
+        if result.faults >= count:
+            break
     return result
 
 
@@ -63,18 +64,19 @@ class _Run:
             environment={**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint, "HOME": str(self._home)},
         )
 
-    def disturb(self, kills: int, calm_seconds: float, dice: random.Random, result: Result) -> None:
-        """Start and kill the run so many times."""
-        for number in range(kills):
-            self._run.start(*SETTINGS)
-            time.sleep(dice.uniform(0.1, 1.1) * calm_seconds)
+    def disturb(self, most: int, calm_seconds: float, dice: random.Random, result: Result) -> None:
+        """Start and kill the run, at most so often, until it is faster than its killer."""
+        for number in range(most):
+            process = self._run.start(*SETTINGS)
+            if process.is_over_within(dice.uniform(0.05, 0.8) * calm_seconds):
+                return
             ranks = self._run.ranks()
             if number % 2 and ranks:
                 os.kill(dice.choice(ranks), signal.SIGKILL)
                 result.count("a rank killed")
                 time.sleep(dice.uniform(0, 2))
             else:
-                result.count("the supervisor killed")
+                result.count("the supervisor alone killed")
             self._run.signal(signal.SIGKILL)
             self._run.wait_for_exit()
             if number % 3 == 2:

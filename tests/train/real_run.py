@@ -1,5 +1,6 @@
 """A run of the real command line, as a process of its own, on a model of 40,000 parameters."""
 
+import contextlib
 import json
 import os
 import re
@@ -85,6 +86,12 @@ class RealRun:
         """How the process ended by itself."""
         stdout, _ = self._process.communicate(timeout=PATIENCE_SECONDS)
         return Done(self._process.returncode, stdout, self._log.read_text())
+
+    def is_over_within(self, seconds: float) -> bool:
+        """Whether the process ends by itself before so many seconds are over."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+        return self._process.poll() is not None
 
     def wait_for_step(self, step: int) -> None:
         """Return when the newest attempt has recorded `step`."""

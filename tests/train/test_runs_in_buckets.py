@@ -50,14 +50,14 @@ def test_a_lost_machine_and_a_bad_network_cost_no_bit(calm, documents, s3, tmp_p
     assert s3.open_uploads() == []
 
 
-def test_a_zombie_is_fenced_and_history_stays_linear(calm, documents, s3, tmp_path):
-    zombie = run_in(s3, documents, tmp_path / "zombie")
+def test_a_zombie_is_fenced_and_history_stays_linear(documents, s3, tmp_path):
+    zombie = run_in(s3, documents, tmp_path / "zombie", ranks=1)
     zombie.start().wait_for_step(6)
     frozen = zombie.processes()
     for pid in frozen:
         os.kill(pid, signal.SIGSTOP)
 
-    heir = run_in(s3, documents, tmp_path / "heir")
+    heir = run_in(s3, documents, tmp_path / "heir", ranks=1)
     assert heir.start().wait_for_exit().code == 0
     for pid in frozen:
         with contextlib.suppress(ProcessLookupError):
@@ -66,7 +66,6 @@ def test_a_zombie_is_fenced_and_history_stays_linear(calm, documents, s3, tmp_pa
 
     assert woken.code == 1
     assert "leads" in woken.stderr
-    assert heir.weights() == calm.weights()
     finished = s3.client.get_object(Bucket=s3.name, Key="run/finished.json")["Body"].read()
     assert json.loads(finished)["attempt"] == 2
     metrics = s3.client.get_object(Bucket=s3.name, Key="run/metrics.jsonl")["Body"].read()
@@ -74,7 +73,10 @@ def test_a_zombie_is_fenced_and_history_stays_linear(calm, documents, s3, tmp_pa
     assert steps == list(range(1, 25))
 
 
-@pytest.mark.parametrize("notice", ["aws", "gcp", "SIGTERM"])
+@pytest.mark.parametrize(
+    "notice",
+    ["aws", *(pytest.param(other, marks=pytest.mark.slow) for other in ("gcp", "SIGTERM"))],
+)
 def test_with_notice_the_run_is_saved_and_asks_to_be_run_again(documents, s3, tmp_path, notice):
     with metadata_server() as metadata:
         variable = {"aws": "AWS_EC2_METADATA_SERVICE_ENDPOINT", "gcp": "GCE_METADATA_HOST"}
@@ -97,21 +99,3 @@ def test_with_notice_the_run_is_saved_and_asks_to_be_run_again(documents, s3, tm
     step = int(done.stdout.split("at step ")[1].split(" of")[0].replace(",", ""))
     keys = s3.names()
     assert f"run/checkpoints/step-{step:08d}-a1/manifest.json" in keys
-
-
-def test_other_numbers_of_ranks_go_on_with_the_same_sequences(calm, documents):
-    def changing(ranks: int) -> RealRun:
-        return RealRun(documents, "changing", ranks=ranks)
-
-    for ranks, step in ((2, 7), (1, 15)):
-        run = changing(ranks).start()
-        run.wait_for_step(step)
-        run.signal(signal.SIGINT)
-        assert run.wait_for_exit().code == 75
-    last = changing(3)
-    assert last.start().wait_for_exit().code == 0
-
-    ours, theirs = last.metrics(), calm.metrics()
-    assert [line["tokens"] for line in ours] == [line["tokens"] for line in theirs]
-    losses = [line["loss"] for line in ours]
-    assert losses == pytest.approx([line["loss"] for line in theirs], rel=2e-3)

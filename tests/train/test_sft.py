@@ -301,7 +301,7 @@ def test_chats_that_leave_no_room_for_an_answer_are_not_sampled(folder: Path):
 
 @pytest.fixture(scope="module")
 def tuned(workshop: Path) -> RealRun:
-    """A fine-tuning by two ranks that nothing disturbed."""
+    """A fine-tuning that nothing disturbed."""
     run = tuning(workshop, "calm-sft")
     done = run.start().wait_for_exit()
     assert done.code == 0, done.stderr
@@ -310,7 +310,7 @@ def tuned(workshop: Path) -> RealRun:
 
 def tuning(workshop: Path, name: str) -> RealRun:
     command = ("sft", "--from", "base", *SETTINGS)
-    return RealRun(workshop / "recipe.yaml", name, ranks=2, command=command)
+    return RealRun(workshop / "recipe.yaml", name, ranks=1, command=command)
 
 
 def test_killed_in_the_second_epoch_a_run_ends_with_the_weights_of_the_calm_one(tuned, workshop):
