@@ -1,8 +1,8 @@
 """Conversations that are generated and not about the assistant: small tasks and small facts.
 
-Recall (something told earlier), arithmetic, word play, everyday questions (everyday.yaml) and
-questions about the built-in corpus. They teach to answer and to stop, and they are what the
-conversations of `identity` stand out against.
+Recall (something told earlier), arithmetic, word play, everyday questions (everyday.yaml), what
+is beyond a tiny model (limits.yaml) and questions about the built-in corpus. They teach to answer
+and to stop, and they are what the conversations of `identity` stand out against.
 """
 
 from collections.abc import Callable
@@ -44,9 +44,12 @@ _NEAR_IDENTITY = ("who", "called", "about_you", "names")
 def recall(random: Random) -> Conversation:
     """Something told, perhaps talk of something else, and the question what it was."""
     told, reply, question, answer = pick(_FACTS, random)(random)
+    if random.random() < 0.25:
+        together = f"{told.rstrip('.!')}. {question}"
+        return exchange(restyle(together, random, slips=0.0), answer)
     talk = exchange(restyle(told, random, slips=0.0), reply)
     if random.random() < 0.4:
-        talk += pick((arithmetic, strings, everyday), random)(random)
+        talk += pick((arithmetic, strings, everyday, limits), random)(random)
     return talk + exchange(restyle(question, random), answer)
 
 
@@ -71,6 +74,14 @@ def everyday(random: Random) -> Conversation:
     ending = pick(("?", "?", ".", "", " please", "!"), random)
     answer = capitalised(expand(table["answer"], random, fills))
     return exchange(restyle(f"{question.rstrip('?.!')}{ending}", random), answer)
+
+
+def limits(random: Random) -> Conversation:
+    """A question that is beyond a tiny model, and the answer that says so."""
+    phrases = load_phrases("limits.yaml")
+    question = expand(pick(phrases["asks"], random), random, phrases["fills"])
+    ending = pick(("?", "?", ".", "", " please", "!"), random)
+    return exchange(restyle(f"{question}{ending}", random), phrases["answer"])
 
 
 def _told_name(random: Random) -> tuple[str, str, str, str]:
@@ -246,5 +257,6 @@ GENERATORS: dict[str, Generator] = {
     "arithmetic": arithmetic,
     "strings": strings,
     "everyday": everyday,
+    "limits": limits,
     "corpus": corpus_question,
 }

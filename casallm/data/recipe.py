@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 RECIPES = ("reference", "offline")
 
 Generated = Literal[
-    "identity", "greetings", "recall", "arithmetic", "strings", "everyday", "corpus"
+    "identity", "greetings", "recall", "arithmetic", "strings", "everyday", "limits", "corpus"
 ]
 
 
@@ -93,6 +93,17 @@ class Recipe(Config):
     """Who the assistant is."""
     validation_fraction: float = Field(default=0.02, ge=0.0, lt=0.5)
     """The part of every source that is held out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_sources(cls, tree: Any) -> Any:
+        sources = tree.get("sources") if isinstance(tree, dict) else None
+        if sources is not None and not (
+            isinstance(sources, list | tuple)
+            and all(isinstance(each, dict | SourceConfig) for each in sources)
+        ):
+            raise ValueError("sources is a list of {path: FILE}, {hub: NAME} or {generated: KIND}")
+        return tree
 
     @model_validator(mode="after")
     def _check(self) -> Self:

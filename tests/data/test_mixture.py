@@ -153,6 +153,8 @@ def test_the_least_recipe_is_a_path(tmp_path, tokenizer):
         ("sources: []", "sources is empty"),
         ("source: [{path: a}]", "there is no setting source, did you mean sources"),
         ("sources: [{pth: a}]", r"no setting sources\.0\.pth, did you mean sources\.0\.path"),
+        ("sources: [a.jsonl]", r"sources is a list of \{path: FILE\}"),
+        ("sources: {path: a}", r"sources is a list of \{path: FILE\}"),
         ("sources: [{}]", "a source needs a path, a hub name or a generated kind"),
         ("sources: [{path: a, hub: b}]", "is one of path, hub and generated"),
         ("sources: [{path: a, count: 0}]", r"sources\.0\.count is 0"),
