@@ -4,18 +4,16 @@ Nothing heavy is imported before a command needs it: `casallm --help` loads neit
 cloud library. Answers go to stdout; progress, notices and errors to stderr.
 """
 
-import json
 import logging
 import os
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from casallm import __version__
-from casallm.cli_data import data_app, tokenizer_app
+from casallm.cli_data import data_app, prepare_command, tokenizer_app
 from casallm.cli_estimate import estimate_command
 from casallm.cli_output import AsJson, new_table, print_json, print_table
 from casallm.config import build
@@ -36,6 +34,7 @@ app = typer.Typer(
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizer_app, name="tokenizer")
 app.command("estimate")(estimate_command)
+app.command("prepare")(prepare_command)
 
 RunArgument = Annotated[
     str | None, typer.Argument(help="A run: name, path or URL. Default: the newest under runs/.")
@@ -260,50 +259,6 @@ def report(run: RunArgument = None) -> None:
     store = open_store(run_url(run))
     write_report(store)
     print(f"{store.url}/report.html")
-
-
-@app.command()
-def prepare(
-    *,
-    out: Annotated[str, typer.Option(help="Directory for the shards.")],
-    data: Annotated[str, typer.Option(help="builtin, a file, a directory or a glob.")] = "builtin",
-    text_column: Annotated[str, typer.Option(help="Column or field with the text.")] = "text",
-    tokenizer: Annotated[
-        str, typer.Option(help="trained, gpt2, cl100k or a directory that holds one.")
-    ] = "trained",
-    vocab_size: Annotated[
-        str, typer.Option(help="Size of a trained vocabulary, special tokens included.")
-    ] = "40960",
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes. Default: one a core.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be done, and do nothing.")
-    ] = False,
-) -> None:
-    """Turn documents into shards; the same command continues what was stopped."""
-    from casallm.data.prepare import prepare as prepare_shards
-    from casallm.data.sources import open_source
-    from casallm.data.tokenizer import TokenizerConfig, build_tokenizer
-    from casallm.train.pretrain import say_progress
-    from casallm.units import parse_count
-
-    source = open_source(data, text_column=text_column)
-    n_ids = parse_count(vocab_size, what="vocab-size")
-    chosen = build_tokenizer(TokenizerConfig(name=tokenizer))
-    if dry_run:
-        print(f"would prepare {data} into {out}: {json.dumps(source.identity)}")
-        return
-    dataset = prepare_shards(
-        source,
-        Path(out),
-        tokenizer=chosen,
-        vocab_size=n_ids,
-        workers=workers,
-        on_progress=say_progress(),
-    )
-    counts = ", ".join(f"{split}: {r.tokens:,} tokens" for split, r in dataset.splits.items())
-    print(f"{out} holds {counts}")
 
 
 def _place(node_rank: int, nodes: int, master_addr: str) -> "Place":

@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO, Literal, Protocol
 
 from casallm.config import nearest
 from casallm.errors import DataError, MissingExtraError
@@ -40,11 +40,22 @@ _BATCH_BYTES = 8 << 20
 _BOM = b"\xef\xbb\xbf"
 
 
+class Readable(Protocol):
+    """A file of this machine (a Path), of a bucket or of the web; str() of it names it."""
+
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+
+    def open(self, mode: Literal["rb"], /) -> BinaryIO:
+        """Open it for reading, from any offset."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """A part of one file: row groups or bytes from `start` to `stop` (compressed: all of it)."""
 
-    path: Path
+    path: Readable
     format: str
     start: int
     stop: int
@@ -65,9 +76,9 @@ class Oddities:
         self.examples.setdefault(reason, where)
 
 
-def format_of(path: Path) -> str | None:
+def format_of(name: str) -> str | None:
     """The format that a file's name stands for; None if it is none that can be read."""
-    name = path.name.lower()
+    name = name.lower()
     return next((kind for suffix, kind in FORMATS.items() if name.endswith(suffix)), None)
 
 
@@ -93,7 +104,7 @@ def read_documents(piece: Piece, *, text_column: str, oddities: Oddities) -> Ite
         ) from None
 
 
-def open_parquet(path: Path, text_column: str) -> Any:
+def open_parquet(path: Readable, text_column: str) -> Any:
     """The opened parquet file, known to have a column of text called `text_column`."""
     try:
         import pyarrow as pa
@@ -101,7 +112,7 @@ def open_parquet(path: Path, text_column: str) -> Any:
     except ImportError:
         raise MissingExtraError("pyarrow", "data") from None
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path if isinstance(path, Path) else path.open("rb"))
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a parquet file that can be read ({_one_line(error)}): fetch it again,"
@@ -185,7 +196,7 @@ def _read_text(piece: Piece, _: str) -> Iterator[tuple[Any, str]]:
         yield _decode(b"".join(lines), piece.path, offset), _line_name(piece, number)
 
 
-def _decode(raw: bytes, path: Path, offset: int) -> str:
+def _decode(raw: bytes, path: Readable, offset: int) -> str:
     try:
         return raw.removeprefix(b"" if offset else _BOM).decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
@@ -212,12 +223,12 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             offset += len(line)
 
 
-def _gunzip(raw: IO[bytes], _: Path) -> Iterator[bytes]:
+def _gunzip(raw: IO[bytes], _: Readable) -> Iterator[bytes]:
     with gzip.open(raw, "rb") as file:
         yield from file
 
 
-def _unzstd(raw: IO[bytes], path: Path) -> Iterator[bytes]:
+def _unzstd(raw: IO[bytes], path: Readable) -> Iterator[bytes]:
     try:
         import zstandard
     except ImportError:

@@ -97,11 +97,13 @@ class PretrainLoader:
             yield self._to_batch(rows, n_targets)
 
     def close(self) -> None:
-        """Ends the thread that reads ahead."""
+        """Ends what reads ahead."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._dataset.close()
 
     def _read_step(self, first: int) -> list[torch.Tensor]:
         last = first + self._global_batch_size
+        self._dataset.expect("train", self._order.shards_from(first, last - 1))
         positions = np.arange(first + self._rank, last, self._world_size, dtype=np.int64)
         _, shards, indices = self._order.locate_all(positions)
         return [

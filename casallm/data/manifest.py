@@ -100,17 +100,27 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
-        raise DataError(
-            f"there is no data set in {directory} (no manifest.json): name one, or run `casallm"
-            f" prepare --out {directory}` (again, if it was stopped)"
-        ) from None
+        raise DataError(no_dataset(str(directory))) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check the file") from None
+    return parse_manifest(raw, where=str(path))
+
+
+def no_dataset(place: str) -> str:
+    """What to say of a place without a manifest."""
+    return (
+        f"there is no data set in {place} (no manifest.json): name one, or run `casallm prepare"
+        f" --out {place}` (again, if it was stopped)"
+    )
+
+
+def parse_manifest(raw: bytes, *, where: str) -> Manifest:
+    """The manifest that is the content of `where`, checked as `read_manifest` does."""
     try:
         tree = json.loads(raw)
         if tree["format"] != FORMAT or tree["version"] != VERSION:
             raise DataError(
-                f"{path} is {tree['format']!r} version {tree['version']!r}, not {FORMAT!r} version"
+                f"{where} is {tree['format']!r} version {tree['version']!r}, not {FORMAT!r} version"
                 f" {VERSION}: read it with the program that wrote it, or prepare the data again"
             )
         stated = tree.pop("manifest_sha256")
@@ -120,7 +130,7 @@ def read_manifest(directory: Path) -> Manifest:
         _require_consistent(manifest)
     except (ValidationError, ValueError, KeyError, TypeError) as error:
         raise DataError(
-            f"{path} was cut or changed ({' '.join(str(error).split())[:200]}): fetch it again or"
+            f"{where} was cut or changed ({' '.join(str(error).split())[:200]}): fetch it again or"
             " prepare the data again"
         ) from None
     return manifest

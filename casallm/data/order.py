@@ -74,6 +74,25 @@ class Order:
             shards[at], indices[at] = self._locate_in_epoch(int(epoch), inside[at])
         return epochs, shards, indices
 
+    def shards_from(self, position: int, last: int, *, ahead: int = 2) -> list[int]:
+        """The shards in use from `position` to `last`, then those of the next `ahead` groups."""
+        epoch, inside = divmod(position, self.n_windows)
+        last_epoch, last_inside = divmod(last, self.n_windows)
+        group, last_group = self._group(epoch, inside), self._group(last_epoch, last_inside)
+        found: dict[int, None] = {}
+        while ahead >= 0:
+            order = self._epoch(epoch)
+            start = group * self._group_size
+            found.update(dict.fromkeys(order.shards[start : start + self._group_size].tolist()))
+            ahead -= (epoch, group) >= (last_epoch, last_group)
+            group += 1
+            if group == len(order.group_starts) - 1:
+                epoch, group = epoch + 1, 0
+        return list(found)
+
+    def _group(self, epoch: int, inside: int) -> int:
+        return int(np.searchsorted(self._epoch(epoch).group_starts, inside, side="right")) - 1
+
     def _locate_in_epoch(self, epoch: int, inside: Positions) -> tuple[Positions, Positions]:
         order = self._epoch(epoch)
         groups = np.searchsorted(order.group_starts, inside, side="right") - 1

@@ -1,14 +1,16 @@
-"""Documents into a dataset directory: split, tokenized and written unit by unit.
+"""Documents into a data set: split, tokenized and written unit by unit, wherever it is to lie.
 
-Every finished unit leaves a record in `.prepare/`; the manifest comes when all have one, and
-`.prepare/` goes last. So a preparation that was stopped anywhere goes on with the units that have
-no record, and every file equals that of a calm run, whatever the number of workers. A lock keeps
-a second process out.
+Every finished unit leaves a record (module `destination`); the manifest comes when all have one,
+and the records go last. So a preparation that was stopped anywhere goes on with the units that have
+no record, and every file equals that of a calm run, whatever the number of workers and nodes. A
+lock keeps a second process of this machine out.
+
+Several nodes share a source out without talking to each other: node k of n takes every n-th unit,
+and whichever finds that all are done writes the manifest.
 
 Held out are the files that the source names for it, else single documents, chosen by a hash of
 their text (so that equal documents stay together): 0.5 %, or 5 % where the source lists less than
-64 MB, and at least one. A vocabulary is trained on documents of the training split alone, 100 MB
-of them at most, taken from the beginnings of up to 64 units spread evenly over the source.
+64 MB, and at least one.
 """
 
 import contextlib
@@ -18,16 +20,14 @@ import functools
 import logging
 import math
 import os
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from casallm.config import canonical_json, sha256_of
-from casallm.data.documents import Oddities
+from casallm.config import sha256_of
+from casallm.data.destination import Destination, Tally, UnitRecord, destination_at
 from casallm.data.manifest import (
     SPLITS,
     VERSION,
@@ -37,56 +37,42 @@ from casallm.data.manifest import (
     TokenizerRecord,
     dtype_for,
 )
-from casallm.data.shards import Dataset, is_dataset, open_dataset, write_whole
+from casallm.data.mirror import is_in_bucket, mirror_dataset
+from casallm.data.progress import OnProgress, Progress
+from casallm.data.shards import Dataset, is_dataset, open_dataset
 from casallm.data.sources import DataConfig, Source, Unit, open_source
-from casallm.data.tokenizer import (
-    Tokenizer,
-    TokenizerConfig,
-    build_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
-from casallm.data.unit import (
-    SMALL_SOURCE_BYTES,
-    Job,
-    Tally,
-    UnitRecord,
-    choose_val_fraction,
-    documents_of,
-    finished_record,
-    prepare_unit,
-)
+from casallm.data.tokenizer import Tokenizer, TokenizerConfig, build_tokenizer
+from casallm.data.unit import SMALL_SOURCE_BYTES, Job, choose_val_fraction, prepare_unit
+from casallm.data.vocabulary import NO_TEXT, settle_tokenizer
 from casallm.data.workers import run_units
-from casallm.errors import DataError
-from casallm.units import format_bytes
+from casallm.errors import ConfigError, DataError, StoreError
 
 logger = logging.getLogger(__name__)
 
-NO_TEXT = (
-    "the source holds no text to train on besides what is held out: add documents, or name another"
-    " source in data.source"
-)
 FEW_DOCUMENTS = 100
 """Held-out documents below which a person is warned."""
 
-TOKENIZER_SAMPLE_BYTES = 100_000_000
-TOKENIZER_SAMPLE_UNITS = 64
-
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a preparation is."""
+class Node:
+    """Which of the machines that prepare one source together this one is."""
 
-    documents: int
-    tokens: int
-    bytes_of_text: int
-    text_bytes: int
-    """About how much text there is in all."""
-    seconds: float
-    """Since tokenizing began."""
+    rank: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.rank + 1}/{self.count}"
 
 
-OnProgress = Callable[[Progress], None]
+def parse_node(text: str | None, environment: Mapping[str, str]) -> Node:
+    """The node that "2/3" names; without a text, the one that SkyPilot says this machine is."""
+    if text is None:
+        rank, count = (environment.get(f"SKYPILOT_{name}") for name in ("NODE_RANK", "NUM_NODES"))
+        text = f"{int(rank) + 1}/{count}" if rank and rank.isdigit() and count else "1/1"
+    number, _, count = text.partition("/")
+    if number.isdigit() and count.isdigit() and 1 <= int(number) <= int(count):
+        return Node(int(number) - 1, int(count))
+    raise ConfigError(f"--node is {text!r}, which is no share: write 2/3 for the second of three")
 
 
 def load_or_prepare(
@@ -99,9 +85,13 @@ def load_or_prepare(
 ) -> Dataset:
     """The shards of `data.source`: itself if it is a dataset, else prepared under `root`.
 
+    A dataset in a bucket is mirrored, with no more than `data.cache_gb` of it on this machine.
+
     The directory is `root/<fingerprint>`, of the source and the tokenizer, found again by the
     next call with the same settings. `vocab_size` counts only where a vocabulary is trained.
     """
+    if is_in_bucket(data.source):
+        return open_dataset(mirror_dataset(data.source, limit_bytes=round(data.cache_gb * 1e9)))
     if is_dataset(Path(data.source)):
         return open_dataset(Path(data.source))
     source = open_source(data.source, text_column=data.text_column)
@@ -130,33 +120,58 @@ def prepare(
     one a core. DataError if `out` holds anything else, and for whatever is wrong with the source;
     then there is no manifest, and no file that is half written.
     """
-    plan = _plan(source, tokenizer, vocab_size)
-    if is_dataset(out):
-        return _open_prepared(out, plan)
-    with _faults_reported(out), _locked(out, plan):
-        if is_dataset(out):
-            return _open_prepared(out, plan)
-        units = source.units(out / ".prepare" / "documents")
-        workers, threads = _share_out(workers or count_cores(), units)
-        fraction = choose_val_fraction(units, source.text_column)
-        job = Job(out, source.text_column, fraction, threads)
-        kept = _keep_tokenizer(job, units, tokenizer, vocab_size)
-        records = _run(job, units, kept.vocab_size, workers, on_progress)
-        if _plan(source, tokenizer, vocab_size) != plan:
-            raise DataError(f"the files of {plan['source']['name']} changed while they were read")
-        manifest = _manifest(records, kept, plan["source"])
-        write_whole(out / "manifest.json", manifest.to_bytes())
-        shutil.rmtree(job.scratch)
+    prepare_share(
+        source,
+        destination_at(str(out)),
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        workers=workers,
+        on_progress=on_progress,
+    )
     return open_dataset(out)
 
 
-def train_on_source(source: Source, vocab_size: int) -> Tokenizer:
-    """A vocabulary trained on the documents of `source` that `prepare` would train it on."""
-    with tempfile.TemporaryDirectory() as scratch:
-        units = source.units(Path(scratch))
+def prepare_share(
+    source: Source,
+    destination: Destination,
+    *,
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    workers: int | None = None,
+    node: Node = Node(),
+    on_progress: OnProgress | None = None,
+) -> Manifest | None:
+    """Do this node's part of preparing `source`; the manifest, or None while others are at work.
+
+    As `prepare`, which is for one node and a directory.
+    """
+    plan = _plan(source, tokenizer, vocab_size)
+    if manifest := _prepared(destination, plan):
+        return manifest
+    with _faults_reported(destination), _locked(destination, plan, node) as agreed:
+        if manifest := _prepared(destination, plan):
+            return manifest
+        units = source.units(destination.scratch / "documents")
+        workers, threads = _share_out(workers or count_cores(), units)
         fraction = choose_val_fraction(units, source.text_column)
-        job = Job(Path(scratch), source.text_column, fraction, 1)
-        return train_tokenizer(_sample_texts(job, units), vocab_size)
+        settled = settle_tokenizer(
+            destination,
+            units,
+            tokenizer,
+            text_column=source.text_column,
+            val_fraction=fraction,
+            vocab_size=vocab_size,
+        )
+        job = Job(destination, source.text_column, fraction, threads)
+        _run(job, units[node.rank :: node.count], settled.vocab_size, workers, on_progress)
+        records = destination.records([unit.name for unit in units], dtype_for(settled.vocab_size))
+        if len(records) < len(units):
+            return _prepared(destination, plan)
+        if source.identity["fingerprint"] != agreed["source"]["fingerprint"]:
+            raise DataError(f"the files of {plan['source']['name']} changed while they were read")
+        manifest = _manifest([records[unit.name] for unit in units], settled, agreed["source"])
+        destination.finish(manifest)
+    return manifest
 
 
 def count_cores() -> int:
@@ -172,72 +187,62 @@ def _plan(source: Source, tokenizer: Tokenizer | None, vocab_size: int) -> dict[
     return {"version": VERSION, "source": source.identity, "tokenizer": given}
 
 
-def _open_prepared(out: Path, plan: dict[str, Any]) -> Dataset:
-    dataset = open_dataset(out)
-    source, tokenizer = dataset.manifest.source, dataset.manifest.tokenizer.model_dump()
+def _prepared(destination: Destination, plan: dict[str, Any]) -> Manifest | None:
+    """The manifest where all is done; DataError if it is of something else."""
+    manifest = destination.manifest()
+    if manifest is None:
+        return None
+    source, tokenizer = manifest.source, manifest.tokenizer.model_dump()
     is_same = source.get("fingerprint") == plan["source"]["fingerprint"] and all(
         tokenizer[key] == value for key, value in plan["tokenizer"].items()
     )
     if not is_same:
         raise DataError(
-            f"{out} holds the shards of {source.get('name')!r} with the vocabulary"
+            f"{destination.url} holds the shards of {source.get('name')!r} with the vocabulary"
             f" {tokenizer['name']!r}, not those asked for: choose another directory, or remove it"
         )
-    shutil.rmtree(out / ".prepare", ignore_errors=True)
-    return dataset
+    destination.clear_away()
+    return manifest
 
 
 @contextlib.contextmanager
-def _locked(out: Path, plan: dict[str, Any]) -> Iterator[None]:
-    """`out` for this process alone, known to hold nothing or a stopped run of the same plan.
+def _locked(destination: Destination, plan: dict[str, Any], node: Node) -> Iterator[dict[str, Any]]:
+    """The plan of `destination`, which is this process's and holds nothing of another plan.
 
     Where not one unit was finished, nothing of it is left when this ends in an error.
     """
-    scratch = out / ".prepare"
-    if out.exists() and not scratch.is_dir() and any(out.iterdir()):
-        raise DataError(f"{out} holds other files: choose an empty directory to prepare into")
-    scratch.mkdir(parents=True, exist_ok=True)
-    with (scratch / "lock").open("w") as lock:
+    destination.require_empty()
+    destination.scratch.mkdir(parents=True, exist_ok=True)
+    with (destination.scratch / f"lock-{node.rank}-of-{node.count}").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise DataError(
-                f"another process is preparing {out}: wait for it, then run this again"
+                f"another process is preparing {destination.url}: wait for it, then run this again"
             ) from None
-        _check_plan(scratch, plan)
-        for leftover in out.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        agreed = destination.agree(plan)
         try:
-            yield
-        finally:
-            if not is_dataset(out) and not any(scratch.glob("unit-*.json")):
-                shutil.rmtree(out, ignore_errors=True)
-
-
-def _check_plan(scratch: Path, plan: dict[str, Any]) -> None:
-    path = scratch / "plan.json"
-    if not path.exists():
-        write_whole(path, canonical_json(plan).encode())
-    elif path.read_text(encoding="utf-8") != canonical_json(plan):
-        raise DataError(
-            f"{scratch.parent} holds a stopped preparation of another source or vocabulary, or the"
-            " source has changed since: remove that directory, or choose another"
-        )
+            yield agreed
+        except BaseException:
+            if node.count == 1:
+                with contextlib.suppress(StoreError):  # there may be no network left
+                    destination.abandon()
+            raise
 
 
 @contextlib.contextmanager
-def _faults_reported(out: Path) -> Iterator[None]:
-    """Turns what the system says about writing to `out` into one sentence."""
+def _faults_reported(destination: Destination) -> Iterator[None]:
+    """Turns what the system says about writing to `destination` into one sentence."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message = (
-                f"the disk that holds {out} is full: make room and run the same again (finished"
-                " parts are kept)"
+                f"the disk that holds {destination.work} is full: make room and run the same again"
+                " (finished parts are kept)"
             )
         else:
-            where = error.filename or out
+            where = error.filename or destination.work
             message = f"{where} cannot be written ({error.strerror or error}): check the path"
         raise DataError(message) from None
 
@@ -253,60 +258,28 @@ def _share_out(workers: int, units: Sequence[Unit]) -> tuple[int, int]:
     return workers, min(workers, math.ceil(4 * workers / max(1, len(units))))
 
 
-def _keep_tokenizer(
-    job: Job, units: Sequence[Unit], tokenizer: Tokenizer | None, vocab_size: int
-) -> Tokenizer:
-    """The vocabulary in `out/tokenizer`: as an earlier start left it, given, or trained now."""
-    final = job.out / "tokenizer"
-    if final.is_dir():
-        return load_tokenizer(final)
-    kept = tokenizer or train_tokenizer(_sample_texts(job, units), vocab_size)
-    temporary = job.scratch / "tokenizer"
-    shutil.rmtree(temporary, ignore_errors=True)
-    kept.save(temporary)
-    temporary.rename(final)
-    return kept
-
-
-def _sample_texts(job: Job, units: Sequence[Unit]) -> Iterator[str]:
-    """Documents to train a vocabulary on, from units spread over the source."""
-    units = [unit for unit in units if unit.split != "val"]
-    n_units = min(len(units), TOKENIZER_SAMPLE_UNITS)
-    n_bytes = 0
-    for i in range(n_units):
-        for document in documents_of(job, units[i * len(units) // n_units], Oddities()):
-            if document.split == "train":
-                yield document.text
-                n_bytes += document.n_bytes
-            if n_bytes >= TOKENIZER_SAMPLE_BYTES * (i + 1) // n_units:
-                break
-    if not n_bytes:
-        raise DataError(NO_TEXT)
-    logger.info("training a vocabulary on %s of text", format_bytes(n_bytes))
-
-
 def _run(
     job: Job,
     units: Sequence[Unit],
     vocab_size: int,
     workers: int,
     on_progress: OnProgress | None,
-) -> list[UnitRecord]:
-    """Prepares every unit that has no sound record yet; the records of all, in order."""
-    records = {unit.name: finished_record(job, unit, vocab_size) for unit in units}
-    total = sum((record.tally for record in records.values() if record), Tally())
+) -> None:
+    """Prepares every unit of `units` that has no sound record yet."""
+    records = job.destination.records([unit.name for unit in units], dtype_for(vocab_size))
+    before = total = sum((record.tally for record in records.values()), Tally())
     text_bytes = sum(unit.text_bytes for unit in units)
+    left = [unit for unit in units if unit.name not in records]
+    for leftover in job.destination.work.glob(".*.tmp"):
+        if any(f"-{unit.name}-" in leftover.name for unit in left):
+            leftover.unlink(missing_ok=True)
     started = time.monotonic()
-    left = [unit for unit in units if records[unit.name] is None]
     for added in run_units(functools.partial(prepare_unit, job), left, workers=workers):
         total += added
         if on_progress:
             done = (total.documents, total.tokens, total.bytes_of_text)
-            on_progress(Progress(*done, text_bytes, time.monotonic() - started))
-    return [
-        records[unit.name] or UnitRecord.model_validate_json(job.record_path(unit).read_bytes())
-        for unit in units
-    ]
+            seconds = time.monotonic() - started
+            on_progress(Progress(*done, text_bytes, seconds, before.bytes_of_text))
 
 
 def _manifest(

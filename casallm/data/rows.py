@@ -11,7 +11,6 @@ import itertools
 import json
 import logging
 import os
-import threading
 import urllib.error
 import urllib.request
 import zlib
@@ -19,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from casallm.data.deadline import within
 from casallm.errors import DataError, MissingExtraError
 
 logger = logging.getLogger(__name__)
@@ -81,12 +81,10 @@ def hub_is_reachable(*, seconds: float = HUB_SECONDS) -> bool:
     """Whether the hub answers within `seconds`; no where HF_HUB_OFFLINE is set."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return False
-    answers: list[bool] = []
-    # A thread, because no time limit of urllib's covers name resolution.
-    thread = threading.Thread(target=lambda: answers.append(_hub_answers(seconds)), daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers and answers[0])
+    try:
+        return within(seconds, lambda: _hub_answers(seconds))  # no urllib limit covers resolution
+    except TimeoutError:
+        return False
 
 
 def _hub_answers(seconds: float) -> bool:

@@ -24,7 +24,7 @@ import functools
 import hashlib
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -42,8 +42,10 @@ from casallm.data.manifest import (
     little_endian,
     read_manifest,
 )
+from casallm.data.mirror import open_cache
 from casallm.data.tokenizer import Ids, Tokenizer, load_tokenizer
-from casallm.errors import DataError
+from casallm.errors import DataError, StoreError
+from casallm.storage.cache import Cache
 from casallm.units import format_bytes
 
 SHARD_TOKENS = 100_000_000
@@ -56,11 +58,16 @@ _MAX_OPEN_SHARDS = 64
 
 
 class Dataset:
-    """An opened dataset directory; shards are mapped into memory when first asked for."""
+    """An opened dataset directory; shards are mapped into memory when first asked for.
 
-    def __init__(self, manifest: Manifest, directory: Path) -> None:
+    Those of a mirrored data set (module `mirror`) are fetched before.
+    """
+
+    def __init__(self, manifest: Manifest, directory: Path, cache: Cache | None = None) -> None:
         self.manifest = manifest
         self.directory = directory
+        self._cache = cache
+        self._expected: tuple[str, ...] = ()
         self.splits: Mapping[Split, SplitRecord] = MappingProxyType(manifest.splits)
         self._mapped = functools.lru_cache(maxsize=_MAX_OPEN_SHARDS)(self._map)
 
@@ -77,6 +84,19 @@ class Dataset:
     def shard(self, split: Split, number: int) -> npt.NDArray[np.unsignedinteger[Any]]:
         """The ids of one shard, mapped from its file."""
         return self._mapped(split, number)
+
+    def expect(self, split: Split, numbers: Sequence[int]) -> None:
+        """Say which shards will be read from now on, first the first: they are fetched ahead."""
+        names = tuple(self.splits[split].shards[number].name for number in numbers)
+        if self._cache is not None and names != self._expected:
+            self._expected = names
+            self._mapped.cache_clear()  # what is not needed any more, and evicted, leaves the disk
+            self._cache.expect(names)
+
+    def close(self) -> None:
+        """End the fetching of shards, where they are fetched."""
+        if self._cache is not None:
+            self._cache.close()
 
     def window_counts(self, split: Split, context_length: int) -> list[int]:
         """How many windows of `context_length` targets each shard of `split` holds."""
@@ -97,7 +117,8 @@ class Dataset:
         path = self.directory / shard.name
         dtype = little_endian(self.manifest.dtype)
         try:
-            mapped = np.memmap(path, dtype, "r", offset=HEADER_BYTES, shape=(shard.tokens,))
+            with self._cache.open(shard.name) if self._cache else path.open("rb") as file:
+                mapped = np.memmap(file, dtype, "r", offset=HEADER_BYTES, shape=(shard.tokens,))
             return mapped.view(np.ndarray)
         except (OSError, ValueError) as error:
             raise DataError(_changed(path, str(error))) from None
@@ -188,17 +209,6 @@ def publish(temporary: Path, path: Path) -> None:
         os.close(directory)
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a small file so that it is whole or absent whenever the machine stops."""
-    temporary = path.parent / f".{path.name}-{os.getpid()}.tmp"
-    try:
-        temporary.write_bytes(data)
-        publish(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 def is_dataset(directory: Path) -> bool:
     """Whether `directory` holds a manifest of shards, sound or not."""
     return (directory / "manifest.json").is_file()
@@ -207,6 +217,8 @@ def is_dataset(directory: Path) -> bool:
 def open_dataset(directory: Path) -> Dataset:
     """The dataset in `directory`, checked as the module says; DataError if it is not sound."""
     manifest = read_manifest(directory)
+    if cache := open_cache(directory, manifest):
+        return Dataset(manifest, directory, cache)
     shards = [shard for split in manifest.splits.values() for shard in split.shards]
     with_hash = sum(shard.bytes for shard in shards) <= HASH_AT_OPEN_BYTES
     dtype = little_endian(manifest.dtype)
@@ -220,7 +232,8 @@ def verify_dataset(directory: Path) -> list[str]:
     """Every fault of the dataset in `directory`, one sentence each; empty where it is sound."""
     try:
         manifest = read_manifest(directory)
-        dataset = Dataset(manifest, directory)
+        cache = open_cache(directory, manifest)
+        dataset = Dataset(manifest, directory, cache)
         dataset.tokenizer()
     except DataError as error:
         return [str(error)]
@@ -229,7 +242,10 @@ def verify_dataset(directory: Path) -> list[str]:
         documents = 0
         for number, shard in enumerate(record.shards):
             path, dtype = directory / shard.name, little_endian(manifest.dtype)
-            if problem := check_shard(path, shard, dtype, with_hash=True):
+            if cache and (problem := _fetch_problem(cache, shard)):
+                problems.append(problem)
+                continue
+            if problem := check_shard(path, shard, dtype, with_hash=not cache):
                 problems.append(problem)
                 continue
             ids = dataset.shard(split, number)
@@ -261,6 +277,15 @@ def check_shard(
         return f"{path} is missing ({format_bytes(shard.bytes)}): fetch it or prepare again"
     except OSError as error:
         return f"{path} cannot be read ({error.strerror}): check the file and the disk"
+    return None
+
+
+def _fetch_problem(cache: Cache, shard: ShardRecord) -> str | None:
+    """Why the shard could not be brought here, whole and verified."""
+    try:
+        cache.open(shard.name).close()
+    except StoreError as error:
+        return str(error)
     return None
 
 

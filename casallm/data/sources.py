@@ -1,36 +1,32 @@
 """Where documents come from: what a person names, as files cut into units of work.
 
-`data.source` is `builtin`, a file, a directory (searched to the bottom; hidden names left out) or
-a glob. A file whose name begins with `val-`, `val.`, `validation` or `valid-` is the source's own
-held-out part when the source holds other files too.
+`data.source` is `builtin`, files of this machine, a bucket or the web (module `listing`), or a data
+set of the Hugging Face hub by name (module `hub`).
 
 A unit is what one worker prepares at a time and what the names of shards derive from: consecutive
 whole row groups of a parquet file, a byte range cut at line ends, or one compressed file, of about
 400 MB of text; consecutive small ones of the same split together. Units follow from the source
 alone (names, sizes, parquet footers), never from the number of workers.
 
-A source's fingerprint covers the relative name, size and content of every file: 16 evenly spaced
-blocks of 1 MiB, the first and the last included, so all of a file of up to 16 MiB. An edit
-elsewhere in a large file that keeps its size is not noticed.
+A source's fingerprint covers the name of every file and what tells its content from another: on
+the hub its hash, in a bucket or on the web its ETag, and on this machine a hash of its size and of
+a sample, so that an edit in the middle of a large file that keeps its size may not be noticed.
 """
 
-import glob
 import hashlib
-import logging
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pydantic import Field
+
 from casallm.config import Config, canonical_json, sha256_of
 from casallm.data.builtin import builtin_identity, write_builtin
-from casallm.data.documents import FORMATS, Piece, format_of, open_parquet
+from casallm.data.documents import Piece, format_of, open_parquet
+from casallm.data.hub import HubSet, list_hub, parse_hub_name
+from casallm.data.listing import SourceFile, is_url, list_files, sampled_hash
 from casallm.data.manifest import Split
-from casallm.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 BUILTIN = "builtin"
 UNIT_BYTES = 400_000_000
@@ -39,30 +35,17 @@ UNIT_BYTES = 400_000_000
 COMPRESSION = 3
 """How much smaller compressed text is taken to be; only estimates depend on it."""
 
-_SAMPLE_BLOCKS = 16
-_SAMPLE_BYTES = 1 << 20
-_VAL_NAME = re.compile(r"(val|valid|validation)[-_.]", re.IGNORECASE)
-
 
 class DataConfig(Config):
     """Which documents a model is trained on."""
 
     source: str = BUILTIN
-    """builtin, or a file, directory or glob of parquet, jsonl(.gz, .zst) or txt; or shards."""
+    """builtin; a file, directory, glob or URL of parquet, jsonl(.gz, .zst) or txt; fineweb-edu,
+    climbmix or owner/name[:configuration][:split][:column] of the hub; or shards."""
     text_column: str = "text"
     """The column (parquet) or field (jsonl) that holds a document's text."""
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file of documents; `name` is its path beneath what was named."""
-
-    path: Path
-    name: str
-    format: str
-    n_bytes: int
-    split: Split | None
-    """None: documents are held out by hash."""
+    cache_gb: float = Field(default=100.0, gt=0)
+    """The most that shards of a bucket may take on this machine's disk, in GB."""
 
 
 @dataclass(frozen=True)
@@ -104,20 +87,48 @@ class FileSource:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The last part of the name, and what the fingerprint covers."""
-        digest = hashlib.sha256(canonical_json(self.text_column).encode())
-        for file in self.files:
-            digest.update(canonical_json([file.name, _sampled_hash(file)]).encode())
-        return {
-            "name": Path(self.text).name,
-            "files": len(self.files),
-            "bytes": sum(file.n_bytes for file in self.files),
-            "fingerprint": digest.hexdigest(),
-        }
+        """The last part of the name, and what the fingerprint covers, as it is now."""
+        if is_url(self.text):
+            return _describe(self.text, list_files(self.text), self.text_column)
+        return _describe(Path(self.text).name, self.files, self.text_column)
 
     def units(self, scratch: Path) -> list[Unit]:
         """Units over the files as they lie."""
         return plan_units(self.files, self.text_column)
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Files of a data set of the hub at one commit, which never change."""
+
+    hub_set: HubSet
+    text_column: str
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Name, configuration and commit, and what the fingerprint covers."""
+        name = self.hub_set.name
+        described = _describe(name.repository, self._files(), self.text_column)
+        chosen = {"configuration": name.configuration, "split": name.split}
+        asked = {key: value for key, value in chosen.items() if value}
+        return described | asked | {"commit": self.hub_set.commit}
+
+    def units(self, scratch: Path) -> list[Unit]:
+        """Units over the files as they lie on the hub."""
+        return plan_units(self._files(), self.text_column)
+
+    def _files(self) -> list[SourceFile]:
+        return [
+            SourceFile(
+                self.hub_set.open(file),
+                file.path,
+                format_of(file.path) or "",
+                file.n_bytes,
+                split,
+                file.sha256,
+            )
+            for split, file in self.hub_set.files
+        ]
 
 
 @dataclass(frozen=True)
@@ -136,14 +147,17 @@ class BuiltinSource:
         """Units over the corpus, which is written into `scratch` if it is not there."""
         if not all((scratch / f"{split}.jsonl").exists() for split in ("train", "val")):
             write_builtin(scratch)
-        return FileSource(BUILTIN, _list_files(str(scratch)), self.text_column).units(scratch)
+        return plan_units(list_files(str(scratch)), self.text_column)
 
 
 def open_source(text: str, *, text_column: str = "text") -> Source:
     """The source that `text` names; DataError if there is nothing to read there."""
     if text == BUILTIN:
         return BuiltinSource()
-    return FileSource(text, _list_files(text), text_column)
+    name = None if Path(text).exists() else parse_hub_name(text)
+    if name is not None and format_of(text) is None:
+        return HubSource(list_hub(name), name.column or text_column)
+    return FileSource(text, list_files(text), text_column)
 
 
 def plan_units(files: Sequence[SourceFile], text_column: str) -> list[Unit]:
@@ -192,74 +206,14 @@ def _row_groups(file: SourceFile, text_column: str) -> Iterator[Piece]:
         yield Piece(file.path, file.format, start, metadata.num_row_groups, size)
 
 
-def _list_files(text: str) -> tuple[SourceFile, ...]:
-    root = Path(text)
-    if root.is_file():
-        if format_of(root) is None:
-            raise DataError(f"{text} is no file of documents: its name must end in {_suffixes()}")
-        found = [root]
-    elif root.is_dir():
-        found = [path for path in sorted(root.rglob("*")) if not _is_hidden(path, root)]
-    else:
-        found = [Path(match) for match in sorted(glob.glob(text, recursive=True))]  # noqa: PTH207
-        if not found:
-            raise DataError(
-                f"there is no file or directory {text!r}, and as a glob it matches nothing: check"
-                f" data.source, or use {BUILTIN}"
-            )
-    paths = [path for path in found if path.is_file() and format_of(path) is not None]
-    n_other = sum(path.is_file() for path in found) - len(paths)
-    if not paths:
-        raise DataError(f"{text} holds no documents: no file in it ends in {_suffixes()}")
-    if n_other:
-        logger.warning(
-            "%s: %d files that end in none of %s are left out", text, n_other, _suffixes()
-        )
-    return _with_splits(paths, root if root.is_dir() else None)
-
-
-def _with_splits(paths: list[Path], root: Path | None) -> tuple[SourceFile, ...]:
-    held_out = [_VAL_NAME.match(path.name) is not None for path in paths]
-    has_split = any(held_out) and not all(held_out)
-    files = []
-    for path, is_val in zip(paths, held_out, strict=True):
-        split: Split | None = ("val" if is_val else "train") if has_split else None
-        name = str(path.relative_to(root)) if root else path.name
-        n_bytes = _size(path)
-        files.append(SourceFile(path, name, format_of(path) or "", n_bytes, split))
-    if not any(file.n_bytes for file in files):
-        raise DataError(f"{paths[0]} is empty, and so is all of the source: name another file")
-    return tuple(files)
-
-
-def _size(path: Path) -> int:
-    try:
-        with path.open("rb"):
-            return path.stat().st_size
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}): check its permissions"
-        ) from None
-
-
-def _sampled_hash(file: SourceFile) -> str:
-    """The hash of the file's size now and of its sampled content."""
-    try:
-        with file.path.open("rb") as raw:
-            n_bytes = raw.seek(0, os.SEEK_END)
-            digest = hashlib.sha256(f"{n_bytes}".encode())
-            last = max(0, n_bytes - _SAMPLE_BYTES)
-            for block in range(_SAMPLE_BLOCKS):
-                raw.seek(block * last // (_SAMPLE_BLOCKS - 1))
-                digest.update(raw.read(_SAMPLE_BYTES))
-    except OSError as error:
-        raise DataError(f"{file.path} cannot be read ({error.strerror}): check the file") from None
-    return digest.hexdigest()
-
-
-def _is_hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
-
-
-def _suffixes() -> str:
-    return ", ".join(FORMATS)
+def _describe(name: str, files: Sequence[SourceFile], text_column: str) -> dict[str, Any]:
+    digest = hashlib.sha256(canonical_json(text_column).encode())
+    for file in files:
+        version = file.version or sampled_hash(file.path)
+        digest.update(canonical_json([file.name, version]).encode())
+    return {
+        "name": name,
+        "files": len(files),
+        "bytes": sum(file.n_bytes for file in files),
+        "fingerprint": digest.hexdigest(),
+    }

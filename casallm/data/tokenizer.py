@@ -14,7 +14,6 @@ built-in corpus it gives 2 % more bytes a token than GPT-2's at no cost in speed
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,8 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from casallm.config import Config, nearest
+from casallm.data.deadline import within
 from casallm.data.tokenizer_file import BYTE_OF_CHAR, from_hugging_face, to_bytes, to_hugging_face
-from casallm.errors import DataError, MissingExtraError
+from casallm.errors import ConfigError, DataError, MissingExtraError
 
 SPECIAL_TOKENS = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|pad|>")
 """Appended to every vocabulary, in this order."""
@@ -41,6 +41,9 @@ CL100K_PATTERN = (
 )
 NAMED = {"gpt2": ("gpt2", GPT2_PATTERN), "cl100k": ("cl100k_base", CL100K_PATTERN)}
 """tiktoken's name and the published pattern of each vocabulary known by name."""
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+"""What a saved vocabulary consists of."""
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 DOWNLOAD_SECONDS = 60.0
@@ -173,9 +176,8 @@ class Tokenizer:
             "casallm_name": self.name,
         }
         special_ids = {**self.reserved, **self.special_ids}
-        content = to_hugging_face(self.pattern, self.ranks, special_ids)
-        files = {"tokenizer.json": content, "tokenizer_config.json": config}
-        for name, content in files.items():
+        vocabulary = to_hugging_face(self.pattern, self.ranks, special_ids)
+        for name, content in zip(TOKENIZER_FILES, (vocabulary, config), strict=True):
             text = json.dumps(content, ensure_ascii=False, indent=1)
             (directory / name).write_text(text + "\n", encoding="utf-8")
 
@@ -209,6 +211,14 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer | None:
     if config.name not in NAMED and Path(config.name).is_dir():
         return load_tokenizer(Path(config.name))
     return named_tokenizer(config.name)
+
+
+def require_tokenizer(name: str) -> Tokenizer:
+    """The vocabulary gpt2 or cl100k, or that in a directory."""
+    tokenizer = build_tokenizer(TokenizerConfig(name=name))
+    if tokenizer is None:
+        raise ConfigError("a vocabulary is needed: name its directory, gpt2 or cl100k")
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -297,25 +307,14 @@ def _from_parts(
 
 def _get_encoding(name: str, seconds: float) -> Any:
     tiktoken = _import_tiktoken()
-    outcome: list[Any] = []
-
-    def fetch() -> None:
-        try:
-            outcome.append(tiktoken.get_encoding(name))
-        except (OSError, ValueError) as error:  # requests' errors are OSErrors
-            outcome.append(error)
-
-    thread = threading.Thread(target=fetch, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    failure = outcome[0] if outcome else f"no answer in {seconds:.0f} s"
-    if outcome and not isinstance(failure, Exception):
-        return failure
-    reason = failure if isinstance(failure, str) else type(failure).__name__
-    raise DataError(
-        f"the vocabulary {name} could not be downloaded ({reason}): point TIKTOKEN_CACHE_DIR at a"
-        " folder that holds it, or use tokenizer.name=trained"
-    )
+    try:
+        return within(seconds, lambda: tiktoken.get_encoding(name))
+    except (OSError, ValueError) as error:  # requests' errors are OSErrors
+        reason = str(error) if isinstance(error, TimeoutError) else type(error).__name__
+        raise DataError(
+            f"the vocabulary {name} could not be downloaded ({reason}): point TIKTOKEN_CACHE_DIR at"
+            " a folder that holds it, or use tokenizer.name=trained"
+        ) from None
 
 
 def _import_tiktoken() -> Any:

@@ -1,23 +1,20 @@
 """One unit of documents into its shards and its record: the work that processes share out.
 
-A unit's shards are published first and its record, `.prepare/<unit>.json`, after them: a unit
-with a sound record is never done again, one without is done from the start.
+A unit's shards are stored first and its record after them (`destination`): a unit with a sound
+record is never done again, one without is done from the start.
 """
 
 import functools
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field
-
-from casallm.config import Config
+from casallm.data.destination import Destination, Tally, UnitRecord
 from casallm.data.documents import Oddities, read_documents
-from casallm.data.manifest import SPLITS, Split, SplitRecord, dtype_for, little_endian
-from casallm.data.shards import ShardWriter, check_shard, write_whole
+from casallm.data.manifest import SPLITS, Split, SplitRecord
+from casallm.data.shards import ShardWriter
 from casallm.data.sources import Unit
 from casallm.data.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
 
@@ -32,21 +29,12 @@ _BATCH_BYTES = 4 << 20
 class Job:
     """What every unit of one preparation shares."""
 
-    out: Path
+    destination: Destination
     text_column: str
     val_fraction: float
     """Share of documents held out of units whose split is not named."""
     threads: int
     """Threads that one worker encodes with."""
-
-    @property
-    def scratch(self) -> Path:
-        """Where records and everything unfinished lie."""
-        return self.out / ".prepare"
-
-    def record_path(self, unit: Unit) -> Path:
-        """Where the record of `unit` lies once it is finished."""
-        return self.scratch / f"unit-{unit.name}.json"
 
 
 @dataclass(frozen=True)
@@ -58,53 +46,19 @@ class Document:
     n_bytes: int
 
 
-@dataclass(frozen=True)
-class Tally:
-    """How much was done: since the last one, or in all."""
-
-    documents: int = 0
-    tokens: int = 0
-    bytes_of_text: int = 0
-
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(
-            self.documents + other.documents,
-            self.tokens + other.tokens,
-            self.bytes_of_text + other.bytes_of_text,
-        )
-
-
-class UnitRecord(Config):
-    """What a finished unit holds."""
-
-    splits: dict[Split, SplitRecord]
-    """As in the manifest, of this unit alone."""
-    oddities: dict[str, int] = Field(default_factory=dict)
-    """Rows left out or repaired, by reason."""
-    examples: dict[str, str] = Field(default_factory=dict)
-    """Where the first of each was."""
-
-    @property
-    def tally(self) -> Tally:
-        """Both splits together."""
-        parts = self.splits.values()
-        tallies = (Tally(each.documents, each.tokens, each.bytes_of_text) for each in parts)
-        return sum(tallies, Tally())
-
-
 def prepare_unit(job: Job, unit: Unit) -> Iterator[Tally]:
     """Makes the shards of `unit`, then its record; yields what each batch added."""
-    tokenizer = _tokenizer_at(job.out / "tokenizer")
+    work = job.destination.work
+    tokenizer = _tokenizer_at(work / "tokenizer")
     build_writer = functools.partial(
-        ShardWriter, job.out, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id
+        ShardWriter, work, vocab_size=tokenizer.vocab_size, bos_id=tokenizer.bos_id
     )
     writers = {split: build_writer(split=split, unit=unit.name) for split in SPLITS}
     tallies = dict.fromkeys(SPLITS, Tally())
     oddities = Oddities()
     try:
-        for split, documents in _batches(
-            documents_of(job, unit, oddities), job.threads * _BATCH_BYTES
-        ):
+        found = documents_of(unit, job.text_column, job.val_fraction, oddities)
+        for split, documents in _batches(found, job.threads * _BATCH_BYTES):
             texts = [document.text for document in documents]
             ids = tokenizer.encode_documents(texts, threads=job.threads)
             writers[split].append(ids)
@@ -117,25 +71,15 @@ def prepare_unit(job: Job, unit: Unit) -> Iterator[Tally]:
         for writer in writers.values():
             writer.discard()
     record = UnitRecord(splits=splits, oddities=oddities.counts, examples=oddities.examples)
-    write_whole(job.record_path(unit), json.dumps(record.model_dump(mode="json")).encode())
+    job.destination.keep(unit.name, record)
 
 
-def finished_record(job: Job, unit: Unit, vocab_size: int) -> UnitRecord | None:
-    """The record of `unit` if an earlier start finished it and its shards are still there."""
-    path = job.record_path(unit)
-    if not path.exists():
-        return None
-    record = UnitRecord.model_validate_json(path.read_bytes())
-    dtype = little_endian(dtype_for(vocab_size))
-    shards = [shard for split in record.splits.values() for shard in split.shards]
-    problems = [check_shard(job.out / each.name, each, dtype, with_hash=False) for each in shards]
-    return None if any(problems) else record
-
-
-def documents_of(job: Job, unit: Unit, oddities: Oddities) -> Iterator[Document]:
+def documents_of(
+    unit: Unit, text_column: str, val_fraction: float, oddities: Oddities
+) -> Iterator[Document]:
     """The documents of `unit` in order, each with its split."""
-    for text, raw in _read(unit, job.text_column, oddities):
-        split = unit.split or ("val" if place_of(raw) < job.val_fraction else "train")
+    for text, raw in _read(unit, text_column, oddities):
+        split = unit.split or ("val" if place_of(raw) < val_fraction else "train")
         yield Document(text, split, len(raw))
 
 

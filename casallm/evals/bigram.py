@@ -65,12 +65,7 @@ def bigram_loss(
     `token_bytes` holds the bytes of each id, 0 for special tokens.
     """
     n_tokens = sum(len(tokens) for tokens in train)
-    if n_tokens > MAX_TOKENS:
-        log.info(
-            "no bigram baseline: %s training tokens are more than the %s that are counted",
-            format_count(n_tokens),
-            format_count(MAX_TOKENS),
-        )
+    if _are_too_many(n_tokens):
         return None
     pairs = [_pair_keys(window, vocab_size) for window in windows]
     n_pairs = sum(max(len(tokens) - 1, 0) for tokens in train)
@@ -89,8 +84,10 @@ def dataset_bigram_loss(
     dataset: Dataset, *, context_length: int, n_windows: int
 ) -> BigramLoss | None:
     """The bigram model of a data set's training tokens on its first held-out windows."""
+    if _are_too_many(dataset.splits["train"].tokens):
+        return None
     train = [dataset.shard("train", k) for k in range(len(dataset.splits["train"].shards))]
-    held_out = [dataset.shard("val", k) for k in range(len(dataset.splits["val"].shards))]
+    held_out = (dataset.shard("val", k) for k in range(len(dataset.splits["val"].shards)))
     return bigram_loss(
         train,
         first_windows(held_out, context_length, n_windows),
@@ -100,7 +97,7 @@ def dataset_bigram_loss(
 
 
 def first_windows(
-    shards: Sequence[Tokens], context_length: int, n_windows: int
+    shards: Iterable[Tokens], context_length: int, n_windows: int
 ) -> Iterator[Tokens]:
     """The first `n_windows` windows of the shards in order, as the trainer validates on them."""
     left = n_windows
@@ -110,6 +107,18 @@ def first_windows(
             start = index * context_length
             yield tokens[start : start + context_length + 1]
         left -= in_shard
+        if not left:
+            return
+
+
+def _are_too_many(n_tokens: int) -> bool:
+    if n_tokens > MAX_TOKENS:
+        log.info(
+            "no bigram baseline: %s training tokens are more than the %s that are counted",
+            format_count(n_tokens),
+            format_count(MAX_TOKENS),
+        )
+    return n_tokens > MAX_TOKENS
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from casallm.errors import StoreError
@@ -19,6 +19,8 @@ class Entry:
 
     name: str
     bytes: int
+    version: str = field(default="", compare=False)
+    """Of an object in a bucket: its ETag, where the store lists it."""
 
 
 @dataclass(frozen=True)

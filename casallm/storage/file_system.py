@@ -90,8 +90,11 @@ class FileSystemBucket:
             )
         except StoreNotFoundError:
             return []
-        keys = ((self._key(name), info["size"]) for name, info in found.items())
-        return [Entry(key, size) for key, size in keys if key.startswith(prefix)]
+        entries = [
+            Entry(self._key(name), info["size"], str(info.get("etag") or info.get("ETag") or ""))
+            for name, info in found.items()
+        ]
+        return [entry for entry in entries if entry.name.startswith(prefix)]
 
     def remove(self, key: str) -> None:
         """Delete `key`; missing is fine."""

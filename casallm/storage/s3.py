@@ -74,7 +74,7 @@ class S3Bucket:
     def scan(self, prefix: str) -> list[Entry]:
         """All objects whose key begins with `prefix`, page by page."""
         return [
-            Entry(item["Key"], item["Size"])
+            Entry(item["Key"], item["Size"], str(item.get("ETag", "")).strip('"'))
             for page in self._pages("list_objects_v2", Prefix=prefix)
             for item in page.get("Contents", [])
         ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Protocol
 
 from casallm.errors import StoreError
+from casallm.storage.bucket import Bucket
 from casallm.storage.entry import Digest, Entry, check_name
 from casallm.storage.file_system import FileSystemBucket
 from casallm.storage.local import LocalStore
@@ -86,14 +87,18 @@ def open_store(url_or_path: str) -> Store:
         return LocalStore(Path(url_or_path).expanduser())
     if scheme == "file":
         return LocalStore(Path(rest))
-    bucket, _, prefix = rest.strip("/").partition("/")
-    if not _BUCKET.fullmatch(bucket):
+    name, _, prefix = rest.strip("/").partition("/")
+    if prefix:
+        prefix = check_name(prefix) + "/"
+    return RemoteStore(open_bucket(f"{scheme}://{name}"), prefix)
+
+
+def open_bucket(url: str) -> Bucket:
+    """The bucket at "s3://bucket", "gs://bucket" …; contacts nobody, and errors as `open_store`."""
+    scheme, _, name = url.partition("://")
+    if not _BUCKET.fullmatch(name):
         raise StoreError(
             f"the URL of kind {scheme}:// names no bucket: write it as {scheme}://BUCKET/NAME, with"
             " keys and secrets in the environment and not in it"
         )
-    if prefix:
-        prefix = check_name(prefix) + "/"
-    if scheme in ("s3", "s3a"):
-        return RemoteStore(S3Bucket(bucket), prefix)
-    return RemoteStore(FileSystemBucket(scheme, bucket), prefix)
+    return S3Bucket(name) if scheme in ("s3", "s3a") else FileSystemBucket(scheme, name)

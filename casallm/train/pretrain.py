@@ -6,8 +6,8 @@ config.yaml says when it exists, then what was said on the command line.
 
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from casallm.config import Tree, build, merge, parse_overrides, to_tree
 from casallm.data.loader import PretrainLoader
-from casallm.data.prepare import Progress, load_or_prepare
+from casallm.data.prepare import load_or_prepare
+from casallm.data.progress import say_progress
 from casallm.data.shards import Dataset, open_dataset
 from casallm.data.tokenizer import Tokenizer
 from casallm.errors import ConfigError
@@ -29,7 +30,7 @@ from casallm.train.report_loader import dataset_facts
 from casallm.train.run import RunConfig, load_preset, require_stage, saved_settings
 from casallm.train.run_place import run_url as named_run
 from casallm.train.stage import Feed, Material, Start
-from casallm.units import format_bytes, format_count, format_duration, parse_count
+from casallm.units import format_count, parse_count
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +39,6 @@ TOKENS_PER_PARAM = 20
 
 MAX_EPOCHS = 4
 """Repeating data up to four times is nearly as good as new data (Muennighoff et al. 2023)."""
-
-PREPARE_NEWS_SECONDS = 5.0
 
 N_PROMPTS = 3
 PROMPT_TOKENS = 12
@@ -62,6 +61,7 @@ class PretrainRequest:
             return named_run(self.start.run)
         size = self.params or self.preset or choose_preset(machine)
         data = Path(self.data.rstrip("/")).name.split(".")[0] if self.data else "builtin"
+        data = re.sub(r"[^A-Za-z0-9_-]+", "-", data).strip("-")
         return named_run(f"{size.lower()}-{data or 'data'}")
 
     def plan(self, machine: Machine, run: Store) -> RunConfig:
@@ -174,28 +174,6 @@ def fit_to_data(config: RunConfig, dataset: Dataset, *, is_length_asked: bool) -
         f"{config.train.steps:,}",
     )
     return config.with_steps(most)
-
-
-def say_progress() -> Callable[[Progress], None]:
-    """A listener that says how far tokenizing is, every few seconds."""
-    last = time.monotonic()
-
-    def say(progress: Progress) -> None:
-        nonlocal last
-        if time.monotonic() - last < PREPARE_NEWS_SECONDS:
-            return
-        last = time.monotonic()
-        speed = progress.bytes_of_text / max(progress.seconds, 1e-9)
-        left = (progress.text_bytes - progress.bytes_of_text) / max(speed, 1.0)
-        log.info(
-            "tokenizing: %s documents, %s tokens, %s/s, about %s left",
-            format_count(progress.documents),
-            format_count(progress.tokens),
-            format_bytes(speed),
-            format_duration(left),
-        )
-
-    return say
 
 
 def _defaults(machine: Machine) -> Tree:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from casallm.data import prepare as prepare_module
+from casallm.data import sources, unit
 from casallm.data.prepare import prepare
 from casallm.data.shards import Dataset
 from casallm.data.sources import open_source
@@ -31,6 +33,15 @@ def make_texts(n: int, *, seed: int = 0) -> list[str]:
     """`n` different documents of 5 to 200 words."""
     rng, words = random.Random(seed), PROSE.split()
     return [f"{i}. " + " ".join(rng.choices(words, k=rng.randint(5, 200))) + "." for i in range(n)]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    """Every file beneath `directory` and its content."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +81,16 @@ def tiktoken_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copyfile(file, copy / file.name)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(copy))
     return copy
+
+
+@pytest.fixture
+def many_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A source of six units that is not small, so that workers are started for it."""
+    for module in (prepare_module, unit):
+        monkeypatch.setattr(module, "SMALL_SOURCE_BYTES", 1000)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
+    folder = tmp_path / "source"
+    folder.mkdir()
+    write_documents(folder / "a.jsonl", make_texts(150, seed=1))
+    write_documents(folder / "b.jsonl", make_texts(30, seed=2))
+    return folder

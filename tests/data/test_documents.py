@@ -16,7 +16,7 @@ from casallm.errors import DataError
 def whole(path):
     size = path.stat().st_size
     stop = pq.ParquetFile(path).num_row_groups if path.suffix == ".parquet" else size
-    return Piece(path, format_of(path), 0, stop, size)
+    return Piece(path, format_of(path.name), 0, stop, size)
 
 
 def read(path, text_column="text", oddities=None):

@@ -129,6 +129,19 @@ def test_only_one_group_of_shards_is_in_use_at_a_time():
         assert len(set(shards[start : start + 25 * GROUP_SIZE].tolist())) == GROUP_SIZE
 
 
+@given(COUNTS, st.integers(0, 99), st.integers(0, 3), st.data())
+def test_the_shards_from_a_position_on_are_told_before_they_are_read(counts, seed, ahead, data):
+    order = Order(counts, seed, group_size=3)
+    first = data.draw(st.integers(0, 3 * order.n_windows))
+    last = first + data.draw(st.integers(0, order.n_windows))
+
+    told = order.shards_from(first, last, ahead=ahead)
+
+    read = {order.locate(position).shard for position in range(first, last + 1)}
+    assert read <= set(told)
+    assert len(set(told)) == len(told)
+
+
 def test_the_order_of_a_seed_never_changes():
     """A run that is continued by a newer version must meet the windows it expects."""
     order = Order([100, 50, 200, 10, 3], seed=1234, group_size=2)

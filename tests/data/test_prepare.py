@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from casallm.data import prepare as module
-from casallm.data import shards, sources, unit
-from casallm.data.prepare import Progress, load_or_prepare, prepare, train_on_source
+from casallm.data import shards, unit
+from casallm.data.prepare import load_or_prepare, prepare
+from casallm.data.progress import Progress
 from casallm.data.shards import open_dataset, verify_dataset
 from casallm.data.sources import DataConfig, open_source
 from casallm.data.summary import documents_in
@@ -25,17 +25,9 @@ from casallm.data.tokenizer import (
     TokenizerConfig,
     train_tokenizer,
 )
+from casallm.data.vocabulary import train_on_source
 from casallm.errors import DataError
-from tests.data.conftest import make_texts, write_documents
-
-
-def files_of(directory):
-    """Every file beneath `directory` and its content."""
-    return {
-        str(path.relative_to(directory)): path.read_bytes()
-        for path in sorted(directory.rglob("*"))
-        if path.is_file()
-    }
+from tests.data.conftest import files_of, make_texts, write_documents
 
 
 def texts_of(dataset, split):
@@ -46,19 +38,6 @@ def texts_of(dataset, split):
 def run(source, out, **changes):
     settings = {"tokenizer": None, "vocab_size": 400, "workers": 1} | changes
     return prepare(open_source(str(source)), out, **settings)
-
-
-@pytest.fixture
-def many_units(tmp_path, monkeypatch):
-    """A source of six units that is not small, so that workers are started for it."""
-    for constant in (module, unit):
-        monkeypatch.setattr(constant, "SMALL_SOURCE_BYTES", 1000)
-    monkeypatch.setattr(sources, "UNIT_BYTES", 20_000)
-    folder = tmp_path / "source"
-    folder.mkdir()
-    write_documents(folder / "a.jsonl", make_texts(150, seed=1))
-    write_documents(folder / "b.jsonl", make_texts(30, seed=2))
-    return folder
 
 
 def test_train_and_val_hold_every_document_in_order(prepared, texts):
@@ -217,7 +196,7 @@ def test_a_bad_line_is_one_sentence_and_leaves_no_manifest(many_units, tmp_path,
     with pytest.raises(DataError, match=r"b\.jsonl:31 is not JSON"):
         run(many_units, tmp_path / "out", workers=workers, tokenizer=prepared.tokenizer())
 
-    assert list((tmp_path / "out" / ".prepare").glob("unit-*.json"))
+    assert list((tmp_path / "out" / "_prepare").glob("unit-*.json"))
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert list((tmp_path / "out").glob(".*.tmp")) == []
 
@@ -401,7 +380,7 @@ def test_finished_units_are_not_done_again(many_units, tmp_path):
         run(many_units, tmp_path / "out", on_progress=interrupt_after(3))
     finished = {
         path: path.stat().st_mtime_ns
-        for record in (tmp_path / "out" / ".prepare").glob("unit-*.json")
+        for record in (tmp_path / "out" / "_prepare").glob("unit-*.json")
         for path in (tmp_path / "out").glob(f"*-{record.stem.removeprefix('unit-')}-*.npy")
     }
 
@@ -428,7 +407,7 @@ def test_a_finished_unit_whose_shard_was_cut_is_done_again(many_units, tmp_path)
     run(many_units, tmp_path / "calm")
     with pytest.raises(KeyboardInterrupt):
         run(many_units, tmp_path / "out", on_progress=interrupt_after(3))
-    record = json.loads(next((tmp_path / "out" / ".prepare").glob("unit-*.json")).read_bytes())
+    record = json.loads(next((tmp_path / "out" / "_prepare").glob("unit-*.json")).read_bytes())
     name = record["splits"]["train"]["shards"][0]["name"]
     os.truncate(tmp_path / "out" / name, 200)
 

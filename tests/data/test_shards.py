@@ -15,7 +15,6 @@ from casallm.data.shards import (
     is_dataset,
     open_dataset,
     verify_dataset,
-    write_whole,
 )
 from casallm.data.summary import documents_in
 from casallm.errors import DataError
@@ -214,12 +213,3 @@ def test_windows_are_counted_with_one_token_to_spare(prepared):
     assert prepared.window_counts("train", tokens) == [0]
     assert prepared.window_counts("train", tokens - 1) == [1]
     assert prepared.window_counts("train", 10) == [(tokens - 1) // 10]
-
-
-def test_a_small_file_is_whole_or_untouched(tmp_path):
-    write_whole(tmp_path / "a.json", b"old")
-
-    write_whole(tmp_path / "a.json", b"new")
-
-    assert (tmp_path / "a.json").read_bytes() == b"new"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
