@@ -25,7 +25,7 @@ def estimate_command(
     params: Annotated[Text, typer.Option(help="Parameters, as in 350M or 1.2B.")] = None,
     preset: Annotated[Text, typer.Option(help="A named size, with its tokens.")] = None,
     shape: Annotated[
-        Text, typer.Option(help="n_layers=24,d_model=2048,n_heads=16,vocab_size=50304[,…].")
+        Text, typer.Option(help="Any model: n_layers=24,d_model=2048,n_heads=16,vocab_size=50304.")
     ] = None,
     tokens: Annotated[
         Text, typer.Option(help="Tokens, as in 24B. Default: 20 a parameter.")
@@ -53,7 +53,7 @@ def estimate_command(
     explain: Annotated[bool, typer.Option(help="Walk through the arithmetic.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     plot: Annotated[
-        Path | None, typer.Option(help="Write dollars against parameters here.")
+        Path | None, typer.Option(help="Write dollars against parameters to this .png.")
     ] = None,
 ) -> None:
     """Say what a run will cost: hours and dollars, with a range, by offer."""

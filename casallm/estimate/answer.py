@@ -29,6 +29,9 @@ OLD_P4D_USD_PER_HOUR = 32.7726
 OLD_MFU = 0.45
 """The utilisation that those articles reckon with."""
 
+_WORTH_COMPARING = 1e18
+"""FLOP: a quarter of an hour on that machine."""
+
 
 def format_table(
     estimate: Estimate, *, width: int = 100, today: datetime.date | None = None
@@ -73,20 +76,14 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
             " as refitted by Besiroglu et al. 2024, on Chinchilla's text."
         )
     p4d = next((e for e in estimate.offers if _is_p4d_on_demand(e)), None)
-    if p4d is not None:
+    if p4d is not None and estimate.total_flops >= _WORTH_COMPARING:
         found.append(_explain_old_price(estimate, p4d))
-    if not estimate.offers[0].is_ddp:
+    if estimate.request.is_own and not estimate.offers[0].is_ddp:
         found.append(
-            "The figures are for a state that is sharded over the GPUs; casallm's trainer does"
-            " not do."
+            "The figures are for a state that is sharded over the GPUs, which casallm's trainer"
+            " does not do."
         )
-    needed = setup_memory(estimate.offers[0].job.setup).total
-    memory = estimate.offers[0].job.setup.hardware.memory_bytes
-    if needed > memory:
-        found.append(
-            f"By this count a GPU needs {format_bytes(needed)} and has {format_bytes(memory)}:"
-            " that fits programs which cut the loss in pieces."
-        )
+    found += _doubts(estimate)
     if estimate.tokens > FINEWEB_EDU_TOKENS:
         found.append(
             f"{format_count(estimate.tokens)} tokens are more than FineWeb-Edu's"
@@ -95,6 +92,24 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
     if estimate.too_small:
         found.append(f"{estimate.too_small} offers are left out: the model does not fit them.")
     found.append(_price_age(estimate, today or datetime.datetime.now(datetime.UTC).date()))
+    return found
+
+
+def _doubts(estimate: Estimate) -> list[str]:
+    """What speaks against the recommended machine."""
+    setup, found = estimate.offers[0].job.setup, []
+    needed, memory = setup_memory(setup).total, setup.hardware.memory_bytes
+    if needed > memory:
+        found.append(
+            f"By this count a GPU needs {format_bytes(needed)} and has {format_bytes(memory)}:"
+            " that fits programs which cut the loss in pieces."
+        )
+    step = setup.global_batch_size * setup.context_length
+    if step > estimate.tokens:
+        found.append(
+            f"One optimizer step takes {format_count(step)} tokens, more than the whole run: ask"
+            " for more tokens, or fewer GPUs."
+        )
     return found
 
 
@@ -126,6 +141,7 @@ def format_explain(estimate: Estimate, *, width: int = 100) -> str:
     for item in bill.items:
         lines.append(f"  {item.name:{size}}  {item.usd:10,.2f}  {item.source}")
     lines.append(f"  {'total':{size}}  {bill.usd.p50:10,.2f}  {_range(bill.usd)}")
+    lines += [f"But       {doubt}" for doubt in _doubts(estimate)]
     return "\n".join(_wrap(line, width, indent=10) for line in lines)
 
 
@@ -169,8 +185,10 @@ def _table(estimate: Estimate, width: int) -> list[list[str]]:
     """Header and rows; narrower widths leave columns out."""
     header = ["  machine", "where", "$/h", "tokens/s", "MFU", "hours", "dollars"]
     rows = [header, *(_row(each, each is estimate.offers[0]) for each in _shown(estimate))]
+    is_placed = any(each.job.offer.region for each in estimate.offers)
     for column in ("where", "MFU", "tokens/s", "$/h"):
-        if sum(_widths(rows)) + 2 * (len(rows[0]) - 1) <= width:
+        is_narrow = sum(_widths(rows)) + 2 * (len(rows[0]) - 1) <= width
+        if is_narrow and (is_placed or column != "where"):
             break
         i = rows[0].index(column)
         rows = [row[:i] + row[i + 1 :] for row in rows]

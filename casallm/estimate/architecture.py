@@ -24,6 +24,9 @@ VOCAB_MULTIPLE = 128
 DEFAULT_VOCAB_SIZE = 40_960
 """The reference vocabulary: trained, six special tokens included."""
 
+MOST_PARAMS = 10**12
+"""The largest size that gets a shape."""
+
 TIED_BELOW = 1_000_000_000
 """`shape_for_params` ties embedding and head below this size, as Qwen3 does."""
 
@@ -167,6 +170,10 @@ def shape_for_params(n_params: int, vocab_size: int | None = None) -> ModelConfi
     rises from about 50 at 125M to 128 at 13B. `vocab_size` shrinks with small models unless given,
     so that the embedding stays below about a third of the parameters.
     """
+    if n_params > MOST_PARAMS:
+        raise ConfigError(
+            f"{n_params:.3g} parameters are more than any model has: ask for 1M to 1T"
+        )
     vocabs = [vocab_size] if vocab_size else _vocabs_for_params(n_params)
     shapes: list[ModelConfig] = []
     for vocab in vocabs:

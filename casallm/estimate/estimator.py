@@ -27,8 +27,8 @@ from casallm.estimate.prices import (
     load_prices,
 )
 from casallm.estimate.scaling import check_tokens, tokens_for_params
-from casallm.estimate.throughput import Throughput
-from casallm.units import format_usd
+from casallm.estimate.throughput import Setup, Throughput
+from casallm.units import format_count, format_usd
 
 DEFAULT_CONTEXT_LENGTH = 2048
 
@@ -37,6 +37,8 @@ PRICE_GIVEN = "price given"
 
 PATIENCE_HOURS = 7 * 24.0
 """Without a deadline, offers that take longer than a week are not recommended."""
+
+_ASKED_FOR = "it is the machine that was asked for"
 
 _TOLERANCE = 4.0
 """How much slower than the fastest a cheaper offer may be where all are too slow."""
@@ -143,6 +145,10 @@ def estimate(request: EstimateRequest) -> Estimate:
             make_job=lambda *what: _job(request, *what),
         )
         config, tokens, chosen = best.config, best.tokens, (best.job.offer, best.job.is_spot)
+    if config is None and request.budget_usd is not None:
+        raise ConfigError(
+            "--budget finds the tokens itself: leave out --tokens, or name the model with --params"
+        )
     if config is None:
         raise ConfigError("no model is named: add --params 1.2B, --preset 350m or --budget 100")
     tokens = tokens or tokens_for_params(count_params(config))
@@ -157,11 +163,13 @@ def _check(request: EstimateRequest) -> None:
         raise ConfigError("--price-per-gpu-hour needs the machine: add --gpu A100-80GB:8")
     if request.measured_tokens_per_second is not None and request.hardware is None:
         raise ConfigError("a measured rate belongs to one machine: add --gpu, as in --gpu A100:8")
-    if request.context_length < 1 or request.n_nodes < 1:
+    if request.context_length < 1:
         raise ConfigError(
-            f"context is {request.context_length} and nodes are {request.n_nodes}, but both must be"
-            " positive: try --context 2048 --nodes 1"
+            f"the context is {request.context_length} tokens, but must be positive: try"
+            " --context 2048"
         )
+    if request.n_nodes < 1:
+        raise ConfigError(f"{request.n_nodes} nodes train nothing: try --nodes 1")
 
 
 def _prices(request: EstimateRequest) -> Prices:
@@ -226,7 +234,17 @@ def _job(
     rate: Throughput = throughput.predict(setup, is_own=request.is_own)
     if request.measured_tokens_per_second is not None:
         rate = throughput.measured(request.measured_tokens_per_second)
+        _check_measured(rate.p50, setup)
     return Job(offer, is_spot, setup, rate, tokens)
+
+
+def _check_measured(tokens_per_second: float, setup: Setup) -> None:
+    share = throughput.mfu(tokens_per_second, setup)
+    if share > 1:
+        raise ConfigError(
+            f"{format_count(tokens_per_second)} tokens/s would be {share:.3g} times the peak of"
+            f" {setup.n_gpus} x {setup.hardware.name}: check the rate, and the GPUs it is of"
+        )
 
 
 def _price_all(
@@ -262,7 +280,7 @@ def _rank(
         reason = _budget_reason(request, best, len(priced))
     elif in_time:
         best = in_time[0]
-        reason = _cheapest_reason(best, by_usd, in_time, limit, request.deadline_hours)
+        reason = _cheapest_reason(best, by_usd, in_time, limit)
     else:
         best, reason = _too_slow(by_usd, limit, has_deadline=request.deadline_hours is not None)
     if request.budget_usd is not None and best.bill.usd.p90 > request.budget_usd:
@@ -275,7 +293,9 @@ def _too_slow(
 ) -> tuple[OfferEstimate, str]:
     """The offer to take when none ends in time: the fastest, or what is cheap and nearly so."""
     fastest = min(by_usd, key=lambda each: each.bill.hours.p90)
-    unsure = f"no offer surely ends within {limit:g} h"
+    if len(by_usd) == 1:
+        return fastest, f"{_ASKED_FOR}, but may take more than {_duration(limit)}"
+    unsure = f"no offer surely ends within {_duration(limit)}"
     if has_deadline:
         ends = f"nine of ten such runs end within {fastest.bill.hours.p90:.0f} h"
         return fastest, f"{unsure}: this is the fastest, {ends}"
@@ -289,7 +309,7 @@ def _budget_reason(request: EstimateRequest, best: OfferEstimate, n_offers: int)
     budget = request.budget_usd or math.inf
     within = format_usd(budget)
     if request.deadline_hours:
-        within += f" and {request.deadline_hours:g} h"
+        within += f" and {_duration(request.deadline_hours)}"
     reason = (
         f"of {n_offers} offers it buys the lowest expected loss for {within}, nine times in ten"
     )
@@ -298,17 +318,21 @@ def _budget_reason(request: EstimateRequest, best: OfferEstimate, n_offers: int)
     return reason
 
 
+def _duration(hours: float) -> str:
+    if hours == PATIENCE_HOURS:
+        return "a week"
+    return f"{60 * hours:.0f} min" if hours < 1 else f"{hours:g} h"
+
+
 def _cheapest_reason(
     best: OfferEstimate,
     by_usd: list[OfferEstimate],
     in_time: list[OfferEstimate],
     limit: float,
-    deadline: float | None,
 ) -> str:
     if len(by_usd) == 1:
-        return "it is the machine that was asked for"
-    bound = f"within {deadline:g} h" if deadline else "within a week"
-    reason = f"it is the cheapest of {len(in_time)} offers that end {bound}"
+        return _ASKED_FOR
+    reason = f"it is the cheapest of {len(in_time)} offers that end within {_duration(limit)}"
     if best.job.is_spot:
         sure = next((each for each in in_time if not each.job.is_spot), None)
         if sure is not None:

@@ -183,10 +183,14 @@ def _nothing_fits(base: Setup, wanted: Wishes) -> str:
                 f"{wanted.micro_batch_size} sequences of {base.context_length} tokens of a {size}"
                 f" model do not fit {machine}: the most that fit a GPU are {largest}"
             )
-    return (
-        f"a {size} model with context {base.context_length} does not fit {machine} of {memory}"
-        " each: take GPUs with more memory, more of them, or a smaller model"
-    )
+    less = "take GPUs with more memory, a smaller model, or a shorter context"
+    what = f"a {size} model with context {base.context_length} does not fit"
+    if wanted.sharding == "ddp":
+        return (
+            f"{what} a single {base.hardware.name} of {memory}, and casallm keeps all of it on each"
+            f" GPU: {less}; a machine named by --gpu is answered for sharded state too"
+        )
+    return f"{what} {machine} of {memory} each: {less}, or more GPUs"
 
 
 _ALL: tuple[tuple[Recompute, Sharding], ...] = (("none", "ddp"), ("full", "ddp"), ("full", "fsdp"))

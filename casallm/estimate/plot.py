@@ -5,19 +5,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from casallm.errors import ConfigError, MissingExtraError
-from casallm.estimate.architecture import ModelConfig, count_params, shape_for_params
+from casallm.estimate.architecture import (
+    MOST_PARAMS,
+    ModelConfig,
+    count_params,
+    shape_for_params,
+)
 from casallm.estimate.estimator import Estimate, EstimateRequest, OfferEstimate, estimate
 from casallm.estimate.scaling import tokens_for_params
 from casallm.units import format_count
 
 N_SIZES = 9
 MAX_LINES = 7
+_FORMATS = (".png", ".svg", ".pdf")
 _HALF_RANGE = 8.0
 """Sizes from an eighth of the model's to eight times it."""
 
 
 def plot(answer: Estimate, path: Path) -> None:
-    """Write a PNG or SVG of the offers' dollars over model sizes, 20 tokens a parameter."""
+    """Write a PNG, SVG or PDF of the offers' dollars over model sizes, 20 tokens a parameter."""
+    if path.suffix not in _FORMATS:
+        raise ConfigError(f"--plot {path} ends in none of {', '.join(_FORMATS)}: try cost.png")
     try:
         import matplotlib
 
@@ -45,8 +53,15 @@ def plot(answer: Estimate, path: Path) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"${value:,.0f}")
     axes.grid(which="major", color="0.9")
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise ConfigError(
+            f"the plot cannot be written to {path}: {error.strerror}; name a file in a folder of"
+            " yours"
+        ) from None
+    finally:
+        pyplot.close(figure)
 
 
 def _curves(answer: Estimate) -> dict[str, list[tuple[int, OfferEstimate]]]:
@@ -74,7 +89,8 @@ def _curves(answer: Estimate) -> dict[str, list[tuple[int, OfferEstimate]]]:
 
 def _sizes(answer: Estimate) -> list[ModelConfig]:
     scales = [_HALF_RANGE ** (2 * step / (N_SIZES - 1) - 1) for step in range(N_SIZES)]
-    return [shape_for_params(max(1_000_000, round(answer.n_params * x))) for x in scales]
+    wanted = (round(answer.n_params * scale) for scale in scales)
+    return [shape_for_params(min(max(10**6, size), MOST_PARAMS)) for size in wanted]
 
 
 def _distinct(offers: Sequence[OfferEstimate]) -> list[OfferEstimate]:

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from casallm.errors import MissingExtraError
+from casallm.errors import ConfigError, MissingExtraError
 from casallm.estimate.answer import (
     format_explain,
     format_table,
@@ -12,9 +12,10 @@ from casallm.estimate.answer import (
     rich_table,
     to_json,
 )
-from casallm.estimate.architecture import NAMED_SIZES, shape_for_params
+from casallm.estimate.architecture import NAMED_SIZES, ModelConfig, shape_for_params
 from casallm.estimate.estimator import Estimate, EstimateRequest, estimate
 from casallm.estimate.hardware import GPUS
+from casallm.estimate.layout import Wishes
 from casallm.estimate.plot import plot
 from casallm.estimate.prices import load_snapshot
 from casallm.estimate.throughput import Constants, Spread
@@ -211,6 +212,23 @@ def test_a_sharded_model_says_that_casallm_cannot():
 
     assert any("sharded over the GPUs" in note for note in notes(answer))
     assert not to_json(answer)["offers"][0]["fits_ddp"]
+
+
+def test_what_speaks_against_a_machine_is_said():
+    one = {"hardware": GPUS["H100"], "n_gpus": 8, "usd_per_gpu_hour": 2.0, "is_own": False}
+    config = ModelConfig(family="classic", n_layers=48, d_model=7168, n_heads=56, vocab_size=50_432)
+    tight = EstimateRequest(config=config, context_length=8192, wishes=Wishes("eager"), **one)
+    short = EstimateRequest(config=NAMED_SIZES["350m"], tokens=10, **one)
+
+    assert "cut the loss in pieces" in format_explain(estimate(tight), width=200)
+    assert any("more than the whole run" in note for note in notes(estimate(short)))
+
+
+@pytest.mark.parametrize(("name", "sentence"), [("c.xyz", "try cost.png"), ("no/c.png", "No such")])
+def test_a_plot_that_cannot_be_written_gets_a_sentence(answer: Estimate, tmp_path, name, sentence):
+    pytest.importorskip("matplotlib")
+    with pytest.raises(ConfigError, match=sentence):
+        plot(answer, tmp_path / name)
 
 
 def test_more_than_fineweb_edu_is_said(few_prices):

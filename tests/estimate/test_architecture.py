@@ -175,6 +175,10 @@ def test_names_are_read_in_any_case():
             " 760m, 1.2b, 1.3b, 2.7b, 6.7b, 13b, 175b)",
         ),
         (
+            lambda: shape_for_params(10**30),
+            "1e+30 parameters are more than any model has: ask for 1M to 1T",
+        ),
+        (
             lambda: shape_for_params(1000),
             "params=1K has no sensible shape with a vocabulary of 4,096: ask for 1M to 1T"
             " parameters, or set model.vocab_size",
@@ -201,7 +205,7 @@ def test_names_are_read_in_any_case():
             "settings: the classic family has neither grouped heads nor an untied head",
         ),
     ],
-    ids=["name", "too small", "width", "odd head", "groups", "classic"],
+    ids=["name", "too large", "too small", "width", "odd head", "groups", "classic"],
 )
 def test_what_has_no_shape_is_refused_in_a_sentence(act, message):
     with pytest.raises(ConfigError) as refusal:

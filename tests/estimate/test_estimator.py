@@ -160,7 +160,9 @@ def test_no_size_of_the_grid_beats_the_one_found(few_prices):
         ({"usd_per_gpu_hour": 2.0}, "needs the machine"),
         ({"measured_tokens_per_second": 5.0}, "belongs to one machine"),
         ({"context_length": 0}, "must be positive"),
-        ({"n_nodes": 0}, "must be positive"),
+        ({"n_nodes": 0}, "0 nodes train nothing"),
+        ({"config": None, "budget_usd": 9.0, "tokens": 10**9}, "finds the tokens itself"),
+        ({"hardware": GPUS["A100"], "measured_tokens_per_second": 1e9}, "times the peak of"),
         ({"cloud": "azur"}, "cloud 'azur'"),
         ({"cloud": "lambda", "is_spot": True}, "no spot price is known"),
         ({"config": NAMED_SIZES["175b"]}, "does not fit"),
@@ -172,6 +174,19 @@ def test_nonsense_gets_a_sentence(few_prices, changes: dict, sentence: str):
 
     with pytest.raises(ConfigError, match=sentence):
         estimate(request)
+
+
+def test_a_single_slow_machine_is_not_called_the_cheapest(few_prices):
+    answer = ask("1.3b", few_prices, hardware=GPUS["V100-32GB"], n_gpus=1, usd_per_gpu_hour=1.0)
+
+    assert answer.reason == "it is the machine that was asked for, but may take more than a week"
+
+
+def test_only_casallms_own_program_is_promised_less(few_prices):
+    own = ask("350m", few_prices)
+    other = ask("350m", few_prices, is_own=False)
+
+    assert other.offers[0].job.rate.p50 > own.offers[0].job.rate.p50
 
 
 def test_the_same_request_gives_the_same_cents(few_prices):

@@ -1,14 +1,16 @@
 import pytest
 
 from casallm.errors import ConfigError
-from casallm.estimate.architecture import NAMED_SIZES, shape_for_params
+from casallm.estimate.architecture import NAMED_SIZES, ModelConfig, shape_for_params
 from casallm.estimate.hardware import GPUS
 from casallm.estimate.layout import (
+    TIGHT,
     Wishes,
     default_batch_tokens,
     fits_ddp,
     most_sequences,
     plan_layout,
+    setup_memory,
 )
 
 
@@ -57,6 +59,24 @@ def test_many_gpus_enlarge_the_batch():
 def test_one_gpu_shards_nothing():
     with pytest.raises(ConfigError, match=r"a 12\.8B model .* does not fit 1 x A100 of 42\.4 GB"):
         plan("13b", "A100", 1)
+
+
+def test_the_tightest_sharded_layout_may_be_a_little_too_large():
+    """llm-foundry trained 30B at context 8192 on 8 H100."""
+    config = ModelConfig(family="classic", n_layers=48, d_model=7168, n_heads=56, vocab_size=50_432)
+    known = {"gpus_per_node": 8, "wishes": Wishes(stack="eager")}
+
+    setup = plan_layout(config, 8192, GPUS["H100"], **known)
+
+    assert (setup.sharding, setup.recompute, setup.micro_batch_size) == ("fsdp", "full", 1)
+    assert 1 < setup_memory(setup).total / GPUS["H100"].memory_bytes <= TIGHT
+    with pytest.raises(ConfigError, match="does not fit 8 x H100"):
+        plan_layout(config, 65_536, GPUS["H100"], **known)
+
+
+def test_a_model_too_large_for_ddp_says_what_ddp_keeps():
+    with pytest.raises(ConfigError, match=r"does not fit a single A100 .* keeps all of it on each"):
+        plan("13b", "A100", sharding="ddp")
 
 
 def test_a_micro_batch_that_does_not_fit_gets_the_largest_that_does():
