@@ -10,6 +10,7 @@ that comes back is compared with it, since some servers do not check.
 import base64
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -192,6 +193,9 @@ def _connect(patience: Patience, endpoint_url: str | None) -> Any:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
+    # Named here, because s3fs gives the connection that it has to whoever asks in the same words.
+    endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3")
+    endpoint_url = endpoint_url or os.environ.get("AWS_ENDPOINT_URL")
     return s3fs.S3FileSystem(endpoint_url=endpoint_url, config_kwargs=config)
 
 
