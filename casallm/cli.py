@@ -250,6 +250,27 @@ def verify(run: RunArgument = None, *, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def evaluate(run: RunArgument = None, *, as_json: AsJson = False) -> None:
+    """Hold a run against all that was held out; an assistant in fixed chats too."""
+    from casallm.storage.store import open_store
+    from casallm.train.held_out import NAME, evaluate_run
+    from casallm.train.run_place import run_url
+
+    store = open_store(run_url(run))
+    scores = evaluate_run(store)
+    if as_json:
+        print_json(scores)
+        return
+    print(f"{scores['checkpoint']} on all that was held out")
+    print(f"loss {scores['val_loss']:.4f} nats a token, {scores['val_bpb']:.4f} bits a byte")
+    for source, loss in scores["val_loss_by_source"].items():
+        print(f"  {source}: {loss:.4f}")
+    for name, share in scores.get("chat", {}).items():
+        print(f"{name.replace('_', ' ')}: {share:.0%}")
+    print(f"kept in {store.url}/{NAME}")
+
+
+@app.command()
 def report(run: RunArgument = None) -> None:
     """Write report.html, report.md and plots/ of a run, at whatever point it is."""
     from casallm.storage.store import open_store

@@ -95,7 +95,7 @@ class SftRequest:
         models = {"before": partial(_load_base, config), "after": partial(load_trained, run)}
         for when, load in models.items():
             try:
-                evaluation = _evaluate(load(), name)
+                evaluation = chat_evaluation(load(), config)
             except CasallmError as error:
                 log.warning("no chat evaluation (%s): %s", when, error)
                 continue
@@ -238,7 +238,8 @@ def _load_base(config: RunConfig) -> Trained:
     return load_trained(open_store(base.run), open_base(base))
 
 
-def _evaluate(trained: Trained, name: str) -> ChatEvaluation:
+def chat_evaluation(trained: Trained, config: RunConfig) -> ChatEvaluation:
+    """How `trained` does in the fixed chats; ConfigError where they do not fit its context."""
     longest = max(len(prompt_ids(chat, trained.tokenizer)) for chat in evaluation_chats())
     if longest + SHORTEST_ANSWER > trained.context_length:
         raise ConfigError(
@@ -251,7 +252,7 @@ def _evaluate(trained: Trained, name: str) -> ChatEvaluation:
         max_new_tokens=min(ANSWER_TOKENS, trained.context_length - longest),
         sampling=SamplingConfig(temperature=0.0),
     )
-    return evaluate_chat(respond, name)
+    return evaluate_chat(respond, _identity(config).name)
 
 
 def _identity(config: RunConfig) -> IdentityConfig:

@@ -9,6 +9,8 @@ import time
 
 import pytest
 
+from casallm.storage.store import open_store
+from casallm.train.held_out import evaluate_run
 from tests.train.real_run import RealRun
 
 
@@ -17,6 +19,20 @@ def test_a_calm_run_records_each_step_once_and_writes_its_report(calm):
     assert calm.metrics()[-1]["loss"] < calm.metrics()[0]["loss"]
     assert json.loads((calm.directory / "finished.json").read_text())["step"] == 24
     assert "Bigram baseline" in (calm.directory / "report.md").read_text()
+
+
+def test_a_run_is_evaluated_on_all_that_was_held_out(calm, monkeypatch):
+    monkeypatch.chdir(calm.folder)
+    run = open_store(calm.url)
+
+    scores = evaluate_run(run)
+
+    lines = map(json.loads, run.read("metrics.jsonl").splitlines())
+    while_training = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+    assert scores["checkpoint"] == "step-00000024-a1"
+    assert scores["val_loss"] != while_training  # of 8 sequences
+    assert scores["val_loss"] == pytest.approx(while_training, rel=0.1)
+    assert json.loads(run.read("evaluation.json")) == scores
 
 
 def test_the_same_command_says_that_a_finished_run_is_finished(calm):
