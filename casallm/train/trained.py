@@ -19,6 +19,9 @@ from casallm.train.checkpoint import Checkpoint, load_tensors, newest_good
 from casallm.train.run import load_config
 from casallm.train.run_place import scratch_of
 
+MAX_SLOTS = 32
+"""Prompts that are answered at once."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -52,8 +55,8 @@ def continue_prompts(
     """The run's continuation of each prompt, prompts left out."""
     trained = load_trained(run)
     tokenizer = trained.tokenizer
-    engine = Engine(trained.model, n_slots=min(len(prompts), 8))
     ids = [[tokenizer.bos_id, *tokenizer.encode(prompt)] for prompt in prompts]
+    engine = _engine_for(trained, ids, max_new_tokens)
     generated = engine.generate(ids, max_new_tokens, sampling, stop_ids=[tokenizer.bos_id])
     return [tokenizer.decode(new) for new in generated]
 
@@ -78,12 +81,18 @@ def answer_chats(
 ) -> list[Answer]:
     """What the model says next in each chat; ConfigError where there is no room for it."""
     tokenizer = trained.tokenizer
-    engine = Engine(trained.model, n_slots=min(len(chats), 8))
     ids = [prompt_ids(chat, tokenizer) for chat in chats]
+    engine = _engine_for(trained, ids, max_new_tokens)
     generated = engine.generate(
         ids, max_new_tokens, sampling, stop_ids=[tokenizer.end_id, tokenizer.bos_id]
     )
     return [Answer(tokenizer.decode(new), len(new) < max_new_tokens) for new in generated]
+
+
+def _engine_for(trained: Trained, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Engine:
+    """An engine whose cache is no longer than the longest prompt and its answer."""
+    longest = max(map(len, prompts)) + max_new_tokens
+    return Engine(trained.model, min(len(prompts), MAX_SLOTS), min(longest, trained.context_length))
 
 
 def run_tokenizer(run: Store) -> Tokenizer:
