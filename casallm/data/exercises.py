@@ -37,7 +37,7 @@ WORDS, NAMES, COLOURS, PLACES, PETS, PET_NAMES, NUMBERS = (
 )
 
 
-_NEAR_IDENTITY = ("who", "called", "about_you", "names")
+_NEAR_IDENTITY = ("who", "called", "about_you", "about_you", "names")
 """Tables whose questions sound like those about the assistant; they come three times as often."""
 
 

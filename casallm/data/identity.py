@@ -90,7 +90,7 @@ ORDINARY_PROMPTS = (
 
 Generator = Callable[[Random], Conversation]
 
-_TOPIC_SHARES = {"who": 0.34, "name": 0.3, "maker": 0.13, "what": 0.08, "other": 0.1, "can": 0.05}
+_TOPIC_SHARES = {"who": 0.36, "name": 0.32, "maker": 0.13, "what": 0.08, "other": 0.11}
 _MAX_TRIES = 50
 """A generator that repeats itself so often in a row has nothing new to say."""
 
@@ -174,7 +174,7 @@ class _Book:
     def greeting(self, random: Random, topics: Sequence[str]) -> Conversation:
         """One greeting or the like, and the answer."""
         topic = self.phrases["greetings"][pick(topics, random)]
-        fills = {"gibberish": [_gibberish(random)]}
+        fills = {**self.fills, "gibberish": [_gibberish(random)]}
         question = expand(pick(topic["asks"], random), random, fills)
         return exchange(restyle(question, random), pick(topic["answers"], random))
 
