@@ -18,6 +18,7 @@ import importlib.util
 import json
 import logging
 import re
+import secrets
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def write_builtin(directory: Path) -> None:
         )
     directory.mkdir(parents=True, exist_ok=True)
     for split, texts in documents.items():
-        temporary = directory / f".{split}.tmp"
+        temporary = directory / f".{split}-{secrets.token_hex(4)}.tmp"
         with temporary.open("w", encoding="utf-8") as file:
             file.writelines(f"{json.dumps({'text': text}, ensure_ascii=False)}\n" for text in texts)
         temporary.replace(directory / f"{split}.jsonl")

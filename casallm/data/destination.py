@@ -125,7 +125,7 @@ class Destination:
             self._store.write(_PLAN, canonical_json(plan).encode())
             return plan
         agreed: dict[str, Any] = json.loads(self._store.read(_PLAN))
-        if _decisive(agreed) != _decisive(plan):
+        if decisive(agreed) != decisive(plan):
             raise DataError(
                 f"{self.url} holds a stopped preparation of another source or vocabulary, or the"
                 " source has changed since: remove that directory, or choose another"
@@ -216,14 +216,14 @@ def destination_at(place: str) -> Destination:
     return Destination(store.url, Path.home() / ".cache" / "casallm" / "prepare" / name)
 
 
+def decisive(plan: dict[str, Any]) -> dict[str, Any]:
+    """What must be the same: a commit of the hub, for one, may be newer with the same files."""
+    return plan | {"source": plan["source"]["fingerprint"]}
+
+
 @functools.lru_cache(maxsize=1)
 def _opened(url: str) -> Store:
     return open_store(url)
-
-
-def _decisive(plan: dict[str, Any]) -> dict[str, Any]:
-    """What must be the same: a commit of the hub, for one, may be newer with the same files."""
-    return plan | {"source": plan["source"]["fingerprint"]}
 
 
 def _record_name(unit: str) -> str:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from casallm.config import sha256_of
-from casallm.data.destination import Destination, Tally, UnitRecord, destination_at
+from casallm.data.destination import Destination, Tally, UnitRecord, decisive, destination_at
 from casallm.data.manifest import (
     SPLITS,
     VERSION,
@@ -85,10 +85,9 @@ def load_or_prepare(
 ) -> Dataset:
     """The shards of `data.source`: itself if it is a dataset, else prepared under `root`.
 
-    A dataset in a bucket is mirrored, with no more than `data.cache_gb` of it on this machine.
-
     The directory is `root/<fingerprint>`, of the source and the tokenizer, found again by the
     next call with the same settings. `vocab_size` counts only where a vocabulary is trained.
+    A dataset in a bucket is mirrored, with no more than `data.cache_gb` of it on this machine.
     """
     if is_in_bucket(data.source):
         return open_dataset(mirror_dataset(data.source, limit_bytes=round(data.cache_gb * 1e9)))
@@ -102,7 +101,7 @@ def load_or_prepare(
 
 def fingerprint(source: Source, tokenizer: Tokenizer | None, vocab_size: int) -> str:
     """sha256 of all that decides the shards, known before any document is read."""
-    return sha256_of(_plan(source, tokenizer, vocab_size))
+    return sha256_of(decisive(_plan(source, tokenizer, vocab_size)))
 
 
 def prepare(
@@ -270,16 +269,30 @@ def _run(
     before = total = sum((record.tally for record in records.values()), Tally())
     text_bytes = sum(unit.text_bytes for unit in units)
     left = [unit for unit in units if unit.name not in records]
-    for leftover in job.destination.work.glob(".*.tmp"):
-        if any(f"-{unit.name}-" in leftover.name for unit in left):
-            leftover.unlink(missing_ok=True)
     started = time.monotonic()
-    for added in run_units(functools.partial(prepare_unit, job), left, workers=workers):
-        total += added
-        if on_progress:
-            done = (total.documents, total.tokens, total.bytes_of_text)
-            seconds = time.monotonic() - started
-            on_progress(Progress(*done, text_bytes, seconds, before.bytes_of_text))
+    with _without_leftovers(job.destination.work, left):
+        for added in run_units(functools.partial(prepare_unit, job), left, workers=workers):
+            total += added
+            if on_progress:
+                done = (total.documents, total.tokens, total.bytes_of_text)
+                seconds = time.monotonic() - started
+                on_progress(Progress(*done, text_bytes, seconds, before.bytes_of_text))
+
+
+@contextlib.contextmanager
+def _without_leftovers(work: Path, units: Sequence[Unit]) -> Iterator[None]:
+    """`work` without the unfinished shards of `units` that killed workers leave."""
+
+    def remove() -> None:
+        for leftover in work.glob(".*.tmp"):
+            if any(f"-{unit.name}-" in leftover.name for unit in units):
+                leftover.unlink(missing_ok=True)
+
+    remove()
+    try:
+        yield
+    finally:
+        remove()
 
 
 def _manifest(

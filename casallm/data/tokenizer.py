@@ -193,6 +193,9 @@ class Tokenizer:
             return np.concatenate([self._encode(piece) for piece in pieces])
 
     def _encode_block(self, texts: Sequence[str]) -> Ids:
+        bos = np.array([self.bos_id], np.uint32)
+        if len(texts) == 1:  # perhaps a large one, which is not worth a copy
+            return np.concatenate([bos, self._encode(texts[0])])
         joined = _BOUNDARY + _BOUNDARY.join(texts)
         if joined.count(_BOUNDARY) == len(texts):
             try:
@@ -200,7 +203,6 @@ class Tokenizer:
                 return np.frombuffer(buffer, np.uint32)
             except ValueError:  # lone surrogates, or more spaces than the pattern can take
                 pass
-        bos = np.array([self.bos_id], np.uint32)
         return np.concatenate([part for text in texts for part in (bos, self._encode(text))])
 
 

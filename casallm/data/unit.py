@@ -8,8 +8,10 @@ import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from casallm.data.destination import Destination, Tally, UnitRecord
 from casallm.data.documents import Oddities, read_documents
@@ -17,6 +19,8 @@ from casallm.data.manifest import SPLITS, Split, SplitRecord
 from casallm.data.shards import ShardWriter
 from casallm.data.sources import Unit
 from casallm.data.tokenizer import Tokenizer, load_tokenizer, replace_surrogates
+
+T = TypeVar("T")
 
 SMALL_SOURCE_BYTES = 64_000_000
 """A source that lists less text than this is small: more of it is held out."""
@@ -58,7 +62,7 @@ def prepare_unit(job: Job, unit: Unit) -> Iterator[Tally]:
     oddities = Oddities()
     try:
         found = documents_of(unit, job.text_column, job.val_fraction, oddities)
-        for split, documents in _batches(found, job.threads * _BATCH_BYTES):
+        for split, documents in _read_ahead(_batches(found, job.threads * _BATCH_BYTES)):
             texts = [document.text for document in documents]
             ids = tokenizer.encode_documents(texts, threads=job.threads)
             writers[split].append(ids)
@@ -80,7 +84,9 @@ def documents_of(
     """The documents of `unit` in order, each with its split."""
     for text, raw in _read(unit, text_column, oddities):
         split = unit.split or ("val" if place_of(raw) < val_fraction else "train")
-        yield Document(text, split, len(raw))
+        document = Document(text, split, len(raw))
+        del text, raw  # a document may be large: its bytes need not wait until it is encoded
+        yield document
 
 
 def place_of(document: bytes) -> float:
@@ -143,6 +149,15 @@ def _batches(
             yield split, batches[split]
             batches[split], sizes[split] = [], 0
     yield from ((split, batch) for split, batch in batches.items() if batch)
+
+
+def _read_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items, the next of which is made while the last one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="reader") as pool:
+        following = pool.submit(next, items, None)
+        while (item := following.result()) is not None:
+            following = pool.submit(next, items, None)
+            yield item
 
 
 @functools.lru_cache(maxsize=1)

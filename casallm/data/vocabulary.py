@@ -5,8 +5,8 @@ from the beginnings of up to 64 units spread evenly over the source: every node 
 same source trains the same one.
 """
 
+import contextlib
 import logging
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -60,12 +60,12 @@ def settle_tokenizer(
     if destination.fetch_tokenizer():
         return load_tokenizer(final)
     settled = tokenizer or _train(units, text_column, val_fraction, vocab_size)
-    temporary = destination.scratch / "tokenizer"
-    shutil.rmtree(temporary, ignore_errors=True)
-    settled.save(temporary)
-    temporary.rename(final)
+    with tempfile.TemporaryDirectory(dir=destination.scratch) as temporary:
+        settled.save(Path(temporary) / "tokenizer")
+        with contextlib.suppress(OSError):  # another node has been faster
+            (Path(temporary) / "tokenizer").rename(final)
     destination.keep_tokenizer()
-    return settled
+    return load_tokenizer(final)
 
 
 def _train(

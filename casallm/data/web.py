@@ -16,7 +16,7 @@ import socket
 import ssl
 import time
 from dataclasses import dataclass
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NoReturn
 from urllib.parse import SplitResult, urljoin, urlsplit
 
 from casallm.data.ranges import open_ranges
@@ -205,10 +205,10 @@ def _read(answer: http.client.HTTPResponse, url: str, expected: int, deadline: f
             raise TransientError("no end of the answer in time")
     if len(content) != expected:
         raise TransientError(f"{len(content):,} of {expected:,} bytes came")
-    return _Answer(bytes(content), int(span[1]) if span else 0, version)
+    return _Answer(bytes(content), int(span[1]), version)
 
 
-def _refuse(answer: http.client.HTTPResponse, url: str) -> None:
+def _refuse(answer: http.client.HTTPResponse, url: str) -> NoReturn:
     status = answer.status
     if status == 429 or status >= 500:
         wait = answer.getheader("Retry-After", "0")

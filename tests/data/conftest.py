@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from casallm.data import prepare as prepare_module
-from casallm.data import sources, unit
+from casallm.data import shards, sources, unit
 from casallm.data.prepare import prepare
 from casallm.data.shards import Dataset
 from casallm.data.sources import open_source
@@ -61,6 +61,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Data
     folder = tmp_path_factory.mktemp("prepared")
     source = open_source(str(write_documents(folder / "documents.jsonl", texts)))
     return prepare(source, folder / "shards", tokenizer=None, vocab_size=400, workers=1)
+
+
+@pytest.fixture(scope="session")
+def many_shards(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> Dataset:
+    """A dataset of about thirty small shards, which tests must not change."""
+    folder = tmp_path_factory.mktemp("many")
+    source = open_source(str(write_documents(folder / "documents.jsonl", texts)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "SHARD_TOKENS", 2000)
+        return prepare(source, folder / "shards", tokenizer=None, vocab_size=400, workers=1)
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import random
 import shutil
@@ -165,6 +166,21 @@ def test_nodes_that_know_nothing_of_each_other_make_the_same_files(
     assert told[-1] == open_dataset(tmp_path / "calm").manifest
     assert files_of(tmp_path / "out") == calm
     assert verify_dataset(tmp_path / "out") == []
+
+
+def test_nodes_at_work_at_the_same_time_do_not_disturb_each_other(many_units, tmp_path):
+    prepare(open_source(str(many_units)), tmp_path / "calm", tokenizer=None, vocab_size=400)
+    shares = [(many_units, tmp_path / "out", Node(rank, 3)) for rank in range(3)]
+
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        finished = pool.starmap(prepare_a_share, shares)
+
+    assert any(finished)
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "calm")
+
+
+def prepare_a_share(source, out, node):
+    return prepare_into(out, source, NoVocabulary, node=node, tokenizer=None) is not None
 
 
 def test_nodes_that_meet_in_a_bucket_train_one_vocabulary(bucket, many_units, tmp_path):

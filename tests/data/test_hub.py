@@ -1,6 +1,8 @@
 import random
+import re
 import shutil
 import socket
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -183,6 +185,7 @@ def test_the_files_of_a_stopped_preparation_may_have_a_newer_commit(hub, tmp_pat
     dataset = prepare(open_source("climbmix"), tmp_path / "out", **settings)
 
     assert dataset.manifest == calm.manifest
+    assert dataset.manifest.source["commit"] != "f" * 40
 
 
 def interrupt_after(n_calls):
@@ -292,3 +295,16 @@ def test_a_repository_of_nothing_readable_is_one_sentence(hub, repositories):
 
     with pytest.raises(DataError, match=r"a/own holds no file that ends in \.parquet"):
         open_source("a/own")
+
+
+def test_the_names_that_the_documentation_shows_are_found(hub):
+    pages = [Path("README.md"), *Path("docs").glob("**/*.md")]
+    shown = {
+        name
+        for page in pages
+        for name in re.findall(r"(?:DATA=|--data )(fineweb-edu\S*|climbmix\S*)", page.read_text())
+    }
+
+    assert "fineweb-edu" in shown
+    for name in shown:
+        assert open_source(name).hub_set.files

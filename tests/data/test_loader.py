@@ -146,6 +146,52 @@ def test_an_epoch_reads_every_window_once(prepared, open_loader):
     assert sorted(rows) == sorted(expected)
 
 
+STRETCHES = st.lists(
+    st.tuples(st.integers(1, 12), st.integers(0, 3), st.integers(1, 4), st.integers(1, 5)),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(max_examples=12)
+@given(STRETCHES, st.integers(40, 90), st.integers(0, 2**40))
+def test_an_epoch_reads_every_window_once_whatever_interrupts_it(
+    many_shards, stretches, global_size, seed
+):
+    """A stretch: steps done, those of them that are lost, ranks, sequences of a micro-batch."""
+    counts = many_shards.window_counts("train", T)
+    n_steps, step, rows = -(-sum(counts) // global_size), 0, []
+    for done, lost, world_size, micro_size in [*stretches, (n_steps, 0, 2, 8)]:
+        loaders = [
+            PretrainLoader(
+                many_shards,
+                context_length=T,
+                global_batch_size=global_size,
+                micro_batch_size=micro_size,
+                rank=rank,
+                world_size=world_size,
+                seed=seed,
+                device=torch.device("cpu"),
+            )
+            for rank in range(world_size)
+        ]
+        last = min(step + done, n_steps)
+        for each in range(step, last):
+            shares = [rows_of(loader.batches(each)) for loader in loaders]
+            merged = [row for rank in itertools.zip_longest(*shares) for row in rank if row]
+            rows[each * global_size :] = merged
+        step = max(0, last - lost)
+        for loader in loaders:
+            loader.close()
+    rows = rows[: sum(counts)]
+
+    expected = []
+    for number, count in enumerate(counts):
+        ids = many_shards.shard("train", number)
+        expected += [ids[i * T : i * T + T + 1].tolist() for i in range(count)]
+    assert sorted(rows) == sorted(expected)
+
+
 @pytest.mark.parametrize(("n_sequences", "world_size"), [(1, 1), (9, 2), (10, 3), (10**6, 4)])
 def test_validation_reads_the_first_held_out_windows(
     prepared, open_loader, n_sequences, world_size

@@ -10,7 +10,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from casallm.data import ranges, web
@@ -237,6 +237,7 @@ def test_lines_of_a_remote_file_are_cut_as_those_of_a_local_one(server, monkeypa
     assert texts == [f"document {number}" for number in range(500)]
 
 
+@settings(max_examples=12)
 @given(st.binary(max_size=400), st.lists(st.tuples(st.integers(-9, 420), st.integers(0, 99))))
 def test_a_remote_file_reads_as_a_local_one(content, moves):
     asked = []

@@ -1,5 +1,6 @@
 """Fixtures of an S3 bucket with a misbehaving network in front; used by several folders."""
 
+import atexit
 import contextlib
 import functools
 import itertools
@@ -42,6 +43,7 @@ def memory_path() -> Iterator[Path]:
 @functools.cache
 def moto() -> tuple[str, FaultProxy, Any]:
     """The one moto server of this process: its URL, a proxy in front and a client behind."""
+    atexit.register(stop_servers)
     url = _servers.enter_context(moto_server())
     return url, _servers.enter_context(contextlib.closing(FaultProxy(url))), client(url)
 
