@@ -132,7 +132,9 @@ def enabled_regions() -> list[str]:
 def leftovers(regions: Iterable[str], labels: dict[str, str]) -> list[Leftover]:
     """Instances, volumes and spot requests that carry all `labels`, in the regions given."""
     with _explained():
-        found = _in_parallel(lambda region: _left_in(region, labels), list(regions))
+        names = list(regions)
+        clients = dict(zip(names, _clients("ec2", names), strict=True))
+        found = _in_parallel(lambda region: _left_in(region, clients[region], labels), names)
     return sorted((each for part in found for each in part), key=str)
 
 
@@ -167,8 +169,7 @@ def remove(leftover: Leftover) -> None:
             ec2.delete_volume(VolumeId=leftover.id)
 
 
-def _left_in(region: str, labels: dict[str, str]) -> list[Leftover]:
-    ec2 = _client("ec2", region)
+def _left_in(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover]:
     filters = [{"Name": f"tag:{key}", "Values": [value]} for key, value in labels.items()]
     reservations = _all(ec2, "describe_instances", "Reservations", filters)
     instances = [each for reservation in reservations for each in reservation["Instances"]]
@@ -201,6 +202,11 @@ def _in_parallel(function: Callable[[str], T], items: Sequence[str]) -> list[T]:
 
 
 def _client(service: str, region: str | None) -> Any:
+    return _clients(service, [region])[0]
+
+
+def _clients(service: str, regions: Sequence[str | None]) -> list[Any]:
+    """One client a region; they share a session, which reads botocore's large tables once."""
     try:
         import boto3
         from botocore.config import Config
@@ -208,8 +214,10 @@ def _client(service: str, region: str | None) -> Any:
         raise MissingExtraError("boto3", "cloud") from None
     limits = Config(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 3})
     session = boto3.Session()
-    where = region or session.region_name or "us-east-1"
-    return session.client(service, region_name=where, config=limits)
+    home = session.region_name or "us-east-1"
+    return [
+        session.client(service, region_name=region or home, config=limits) for region in regions
+    ]
 
 
 def _errors() -> Any:

@@ -7,11 +7,11 @@ are stored in the run and enforced on the node.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 from casallm.errors import ConfigError
 from casallm.estimate.bill import Item
-from casallm.estimate.cost import Bill
+from casallm.estimate.cost import Bill, Interval
 from casallm.estimate.estimator import EstimateRequest, OfferEstimate, estimate
 from casallm.estimate.hardware import Hardware, parse_gpu
 from casallm.estimate.layout import Wishes
@@ -39,7 +39,7 @@ OVERSHOOT_FRACTION, OVERSHOOT_SECONDS = 0.01, 60.0
 CAPACITY_HOURS = 2.0
 """How long the launcher waits for machines before it gives up."""
 
-SERVICES = ("data preparation", "disk", "object storage", "controller", "egress", "requests", "sft")
+SERVICES = ("data preparation", "disk", "object storage", "controller", "egress", "requests")
 """Items of the bill that the run's own budget does not count: it pays for machines by the hour."""
 
 HOME = "us-"
@@ -151,6 +151,9 @@ def build_plan(request: LaunchRequest, prices: Prices | None = None) -> Plan:
 
 def _nearby(request: LaunchRequest, prices: Prices) -> Prices:
     """The offers that may be taken: of the cloud, in the region asked for or on one continent."""
+    clouds = ("aws", *UNTESTED_CLOUDS)
+    if request.cloud not in clouds:
+        raise ConfigError(f"there is no cloud {request.cloud!r} (clouds: {', '.join(clouds)})")
     offers = choose_offers(prices, cloud=request.cloud, region=request.region)
     if request.cloud == "aws" and not request.region:
         offers = [offer for offer in offers if offer.region.startswith(HOME)]
@@ -183,11 +186,23 @@ def _estimate(
         prices=prices,
     )
     try:
-        return [estimate(wanted).offers[0]]
+        found = estimate(wanted).offers[0]
     except ConfigError:
         if request.gpu:
             raise
         return []
+    return [replace(found, bill=_own_bill(found.bill, workload))]
+
+
+def _own_bill(bill: Bill, workload: Workload) -> Bill:
+    """The estimator's bill, from documents to assistant, without what is not done here."""
+    elsewhere = ("sft",) if workload.data == "documents" else ("sft", "data preparation")
+    usd = sum(item.usd for item in bill.items if item.name in elsewhere)
+    return replace(
+        bill,
+        items=tuple(item for item in bill.items if item.name not in elsewhere),
+        usd=Interval(*(round(each - usd, 2) for each in astuple(bill.usd))),
+    )
 
 
 def _candidates(

@@ -64,7 +64,7 @@ def preflight(plan: Plan, around: Surroundings) -> Findings:
         lambda: check_tree(CHECKOUT, is_dirty_allowed=around.is_dirty_allowed),
         lambda: check_keys(plan, around.environment),
     ]
-    if plan.request.bucket_url.startswith("s3://"):
+    if plan.request.run_url.startswith("s3://"):
         checks.append(lambda: check_bucket(plan))
     if plan.request.cloud == "aws":
         checks.append(lambda: check_quotas(plan))
@@ -134,9 +134,7 @@ def check_keys(plan: Plan, environment: Mapping[str, str]) -> Findings:
 def check_bucket(plan: Plan) -> Findings:
     """The bucket is ours, near the machines, and honours a conditional write."""
     account = aws.account_id()
-    bucket = (
-        plan.request.bucket_url.replace(ACCOUNT, account).removeprefix("s3://").partition("/")[0]
-    )
+    bucket = plan.request.run_url.replace(ACCOUNT, account).split("/")[2]
     region = aws.bucket_region(bucket)
     regions = [candidate.offer.region for candidate in plan.candidates]
     if region is None:
@@ -187,7 +185,10 @@ def check_data(url: str) -> Findings:
     try:
         tokens = json.loads(store.read("manifest.json"))["splits"]["train"]["tokens"]
     except (StoreNotFoundError, ValueError, KeyError, TypeError):
-        return Findings((f"there are no shards at {url} (no whole manifest.json): check DATA=",))
+        text = (
+            f"there are no shards at {url} (no whole manifest.json): check DATA=, or make them with"
+        )
+        return Findings((f"{text} `make prepare DATA=DOCUMENTS OUT={url}`",))
     return Findings(notes=(f"{url} holds {format_count(tokens)} tokens of training data",))
 
 

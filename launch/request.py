@@ -47,7 +47,9 @@ class LaunchRequest:
 
     @property
     def bucket_url(self) -> str:
-        """Where runs and data are kept."""
+        """Where runs and data are kept: as asked, else where the run is, else the account's own."""
+        if self.run and "://" in self.run and not self.bucket:
+            return "/".join(self.run.split("/")[:3])
         return (self.bucket or f"s3://casallm-{ACCOUNT}").rstrip("/")
 
     @property
@@ -62,8 +64,13 @@ class LaunchRequest:
         if self.start_from:
             return f"{self.start_from.rstrip('/').rpartition('/')[2]}-{self.job}"
         size = (self.params or self.preset or DEFAULT_PRESET).lower()
-        data = (self.data or "builtin").rstrip("/").rpartition("/")[2].partition(".")[0]
-        return f"{size}-{data or 'data'}"
+        return f"{size}-{data_name(self.data or 'builtin')}"
+
+
+def data_name(data: str) -> str:
+    """A short name for documents: `org/name:config` and `s3://bucket/name/*.parquet` alike."""
+    last = next((part for part in reversed(data.split("/")) if part and "*" not in part), "")
+    return re.sub(r"[^A-Za-z0-9_]+", "-", last.partition(".")[0]).strip("-") or "data"
 
 
 def cluster_name(run_url: str) -> str:

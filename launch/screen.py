@@ -8,7 +8,7 @@ from launch.plan import CAPACITY_HOURS, UNTESTED_CLOUDS, Candidate, Plan
 
 _DATA = {
     "builtin": "the built-in corpus, prepared on the machine in about a minute",
-    "shards": "{url}, copied to the machine before training",
+    "shards": "{url}, fetched to the machine ahead of the training",
     "documents": "{source}, prepared first on a machine without GPUs into {url}",
 }
 

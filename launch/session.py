@@ -51,6 +51,9 @@ def run_up(request: LaunchRequest, choices: Choices, *, say: Say) -> int:
     if found.account:
         plan = replace(plan, request=_named(request, found.account))
         plan = replace(plan, workload=build_plan(plan.request).workload)
+    if not found.problems and not found.bucket_to_create and is_over(plan.request.run_url):
+        say(f"{plan.request.run_url} is finished already: no machine is rented for it")
+        return _accompany(plan, environment, say)
     say(format_plan(plan))
     for note in found.notes:
         say(f"note: {note}")
@@ -98,6 +101,12 @@ def status_text(run_url: str | None) -> str:
     watching = cluster.controller()
     lines.append(f"controller   {watching or 'none: nothing is billed for it'}")
     return "\n".join(lines) if names else "nothing of casallm runs\n" + lines[-1]
+
+
+def is_over(run_url: str) -> bool:
+    """Whether the run has finished, so that every machine of it would end at once."""
+    run = open_store(run_url)
+    return run.exists("finished.json") and read_progress(run).finished is not None
 
 
 def only_run() -> str:

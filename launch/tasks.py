@@ -44,7 +44,6 @@ class Overrides:
     labels: Mapping[str, str] = field(default_factory=dict)
     envs: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
-    file_mounts: Mapping[str, str] = field(default_factory=dict)
 
 
 def load_task(job: str) -> Tree:
@@ -87,10 +86,6 @@ def override(task: Tree, changes: Overrides) -> Tree:
     if changes.places:
         resources.pop("any_of", None)
         resources["ordered"] = [_resources_of(place) for place in changes.places]
-    if changes.file_mounts:
-        changed["file_mounts"] = {
-            path: {"source": url, "mode": "COPY"} for path, url in changes.file_mounts.items()
-        }
     return changed
 
 

@@ -25,9 +25,6 @@ from launch.tasks import Overrides, Tree, load_task, override
 
 log = logging.getLogger(__name__)
 
-SHARDS = "/tmp/casallm-shards"
-"""Where SkyPilot copies prepared data to on the node."""
-
 FOLLOW_SECONDS, ASK_SECONDS = 10.0, 60.0
 START_PATIENCE_SECONDS = 120.0
 """How long a job may be unknown after it was submitted."""
@@ -99,7 +96,6 @@ def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
         "RANKS": str(request.ranks or ""),
         "NOTICES": request.cloud if request.cloud in NOTICES else "off",
     }
-    mounts = {}
     if request.job == "sft":
         envs["FROM"] = request.start_from or ""
     else:
@@ -107,9 +103,8 @@ def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
             "PRESET": "" if request.params else workload.size,
             "PARAMS": request.params or "",
             "TOKENS": request.tokens or "",
-            "DATA": SHARDS if workload.data_url else "",
+            "DATA": workload.data_url,
         }
-        mounts = {SHARDS: workload.data_url} if workload.data_url else {}
     return override(
         load_task(request.job),
         Overrides(
@@ -121,7 +116,6 @@ def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
             labels=run_labels(request.run_url),
             envs=envs,
             secrets=_secrets(plan, environment),
-            file_mounts=mounts,
         ),
     )
 

@@ -6,6 +6,7 @@ The node settles the run's configuration; this is the same arithmetic without to
 import math
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal
 
 from casallm.config import Tree, build, merge, nearest, parse_overrides, parse_yaml, to_tree
@@ -19,7 +20,7 @@ from casallm.estimate.architecture import (
 from casallm.estimate.layout import default_batch_tokens
 from casallm.estimate.scaling import tokens_for_params
 from casallm.units import format_count, parse_count
-from launch.request import DEFAULT_PRESET, LaunchRequest
+from launch.request import DEFAULT_PRESET, LaunchRequest, data_name
 
 BUILTIN_TOKENS = 3_770_000
 """Of the built-in corpus, in GPT-2's vocabulary (measured)."""
@@ -122,10 +123,15 @@ def _data(request: LaunchRequest) -> tuple[DataKind, str]:
     data = (request.data or "builtin").rstrip("/")
     if data == "builtin" or request.job == "sft":
         return "builtin", ""
-    if data.startswith(("s3://", "gs://")):
+    if data.startswith(("s3://", "gs://")) and not set(data) & set("*?["):
         return "shards", data
-    name = data.rpartition("/")[2].partition(".")[0] or "data"
-    return "documents", f"{request.bucket_url}/data/{name}"
+    if "://" not in data and Path(data).exists():
+        made = f"s3://BUCKET/data/{data_name(data)}"
+        raise ConfigError(
+            f"DATA={data} is on this computer, where machines in a cloud cannot read it: run"
+            f" `make prepare DATA={data} OUT={made}`, then launch with DATA={made}"
+        )
+    return "documents", f"{request.bucket_url}/data/{data_name(data)}"
 
 
 def _whole(settings: dict[str, Any], name: str) -> int:

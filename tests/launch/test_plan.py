@@ -131,6 +131,32 @@ def test_shards_in_a_bucket_need_no_preparation(plan_of):
     plan = plan_of(data="s3://ours/data/fineweb")
 
     assert (plan.workload.data, plan.workload.data_url) == ("shards", "s3://ours/data/fineweb")
+    assert "data preparation" not in {item.name for item in plan.bill.items}
+
+
+def test_the_bill_is_of_this_launch_alone_and_sums_to_its_middle(plan_of):
+    for plan in (plan_of(), plan_of(data="fineweb-edu")):
+        assert "sft" not in {item.name for item in plan.bill.items}
+        assert sum(item.usd for item in plan.bill.items) == pytest.approx(plan.bill.usd.p50)
+
+
+def test_documents_of_this_computer_go_into_a_bucket_first(plan_of, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jsonl").touch()
+
+    with pytest.raises(ConfigError) as refused:
+        plan_of(data="mine.jsonl")
+
+    assert str(refused.value) == (
+        "DATA=mine.jsonl is on this computer, where machines in a cloud cannot read it: run"
+        " `make prepare DATA=mine.jsonl OUT=s3://BUCKET/data/mine`, then launch with"
+        " DATA=s3://BUCKET/data/mine"
+    )
+
+
+@pytest.mark.parametrize("data", ["org/fine:web", "s3://b/fine-web/*.parquet", "x/fine-web.jsonl"])
+def test_the_shards_of_documents_get_a_name_that_every_store_takes(plan_of, data):
+    assert plan_of(data=data, bucket="s3://ours").workload.data_url == "s3://ours/data/fine-web"
 
 
 def test_documents_are_prepared_into_the_bucket_first(plan_of):
@@ -160,7 +186,7 @@ def test_settings_change_what_is_estimated(plan_of):
         ({"budget": "much"}, "BUDGET 'much' is not a"),
         ({"deadline": "soon"}, "DEADLINE 'soon' is not a"),
         ({"job": "sft"}, "sft starts from a run: add FROM="),
-        ({"cloud": "awz"}, "no GPU price is known for cloud 'awz', did you mean aws?"),
+        ({"cloud": "awz"}, "there is no cloud 'awz' (clouds: aws, lambda,"),
         ({"region": "us-east-9"}, "no GPU price is known for region 'us-east-9', did you mean"),
     ],
 )

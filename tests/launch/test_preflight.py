@@ -80,6 +80,13 @@ def test_a_bucket_that_does_not_exist_is_offered_in_the_first_region(account, pl
     assert found.bucket_to_create == "new-one us-east-1"
 
 
+def test_a_run_that_names_its_bucket_is_kept_there_and_nowhere_else(account, plan_of):
+    plan = plan_of(run="s3://new-one/x", data="fineweb-edu")
+
+    assert check_bucket(plan).bucket_to_create == "new-one us-east-1"
+    assert plan.workload.data_url == "s3://new-one/data/fineweb-edu"
+
+
 def test_the_default_bucket_carries_the_number_of_the_account(account, plan_of):
     assert check_bucket(plan_of()).bucket_to_create == "casallm-123456789012 us-east-1"
 
@@ -197,7 +204,8 @@ def test_shards_that_are_not_there_are_a_problem(account):
     aws.create_bucket("ours", "us-east-1")
 
     assert check_data("s3://ours/data").problems == (
-        "there are no shards at s3://ours/data (no whole manifest.json): check DATA=",
+        "there are no shards at s3://ours/data (no whole manifest.json): check DATA=, or make them"
+        " with `make prepare DATA=DOCUMENTS OUT=s3://ours/data`",
     )
 
 

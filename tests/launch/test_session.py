@@ -1,9 +1,13 @@
+import json
+
 import pytest
 
 from casallm.errors import CloudError
+from casallm.storage.store import open_store
+from casallm.train.attempts import claim
 from launch.preflight import Findings
 from launch.request import LaunchRequest, cluster_name
-from launch.session import Choices, confirm, run_up, with_account
+from launch.session import Choices, confirm, is_over, run_up, with_account
 
 
 def test_problems_stop_before_the_question_and_show_the_plan_first(bare_laptop):
@@ -27,6 +31,17 @@ def test_a_key_in_the_environment_is_neither_shown_nor_logged(bare_laptop, capfd
     output = capfd.readouterr()
     everything = [*said, str(refused.value), output.out, output.err, caplog.text, repr(Findings())]
     assert not [text for text in everything if "canary" in text]
+
+
+def test_a_run_that_is_over_is_known_before_anything_is_rented(tmp_path):
+    run = open_store(str(tmp_path / "run"))
+    attempt = claim(run, parent=None)
+    before = is_over(run.url)
+
+    record = {"step": 0, "attempt": attempt.number, "reason": "the budget is spent"}
+    run.write("finished.json", json.dumps(record).encode())
+
+    assert (before, is_over(run.url)) == (False, True)
 
 
 def test_nobody_is_asked_where_nobody_can_answer():

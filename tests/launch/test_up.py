@@ -1,5 +1,5 @@
 from casallm.storage.store import open_store
-from launch.up import SHARDS, bring_home, prepare_task, three_commands, train_task
+from launch.up import bring_home, prepare_task, three_commands, train_task
 
 KEYS = {
     "WANDB_API_KEY": "w",
@@ -39,11 +39,12 @@ def test_machines_elsewhere_get_the_keys_of_the_bucket_as_secrets(plan_of):
     assert "s" not in task["envs"].values()
 
 
-def test_shards_of_a_bucket_are_copied_to_the_node_and_trained_on_there(plan_of):
-    task = train_task(plan_of(data="s3://ours/data/fineweb"), {})
+def test_shards_of_a_bucket_are_trained_on_by_their_url(plan_of):
+    there = train_task(plan_of(data="s3://ours/data/fineweb"), {})
+    made = train_task(plan_of(data="org/name:sample", bucket="s3://ours"), {})
 
-    assert task["file_mounts"] == {SHARDS: {"source": "s3://ours/data/fineweb", "mode": "COPY"}}
-    assert task["envs"]["DATA"] == SHARDS
+    assert there["envs"]["DATA"] == "s3://ours/data/fineweb"
+    assert made["envs"]["DATA"] == "s3://ours/data/name-sample"
 
 
 def test_documents_are_prepared_with_the_vocabulary_of_the_model(plan_of):

@@ -150,6 +150,12 @@ class SimulatedCloud:
         command = [sys.executable, "-m", "launch", *words]
         return self.run(command, timeout=timeout, check=check)
 
+    def on_node(self, instance_id: str, script: str) -> str:
+        """The output of a shell script that runs as root on the node behind an instance."""
+        pid = (self.image_root / "run" / instance_id / "pid").read_text().split()[0]
+        enter = ["nsenter", "-t", pid, "-m", "-p", "--root", "--wd=/"]
+        return self.run([*enter, "sh", "-c", script], timeout=300, check=False).stdout
+
     def client(self, service: str, region: str = "us-east-1") -> Any:
         """A boto3 client of this cloud."""
         import boto3
