@@ -36,6 +36,9 @@ FORMATS = {
 TEXT_DOCUMENT_BYTES = 8 << 10
 TEXT_DOCUMENT_MAX_BYTES = 64 << 10
 
+LARGE_LINE_BYTES = 32 << 20
+"""Of JSON; from here on memory counts more than speed."""
+
 _BATCH_BYTES = 8 << 20
 _BOM = b"\xef\xbb\xbf"
 
@@ -164,7 +167,7 @@ def _read_json_lines(piece: Piece, text_column: str) -> Iterator[tuple[Any, str]
         if not line.strip():
             continue
         try:
-            row = json.loads(line.removeprefix(_BOM if number == 1 else b"").decode("utf-8"))
+            row = _parse(line.removeprefix(_BOM if number == 1 else b""))
         except UnicodeDecodeError as error:
             raise DataError(f"{where} is not UTF-8 ({_bad_byte(error)}): convert it") from None
         except (ValueError, RecursionError) as error:
@@ -178,6 +181,23 @@ def _read_json_lines(piece: Piece, text_column: str) -> Iterator[tuple[Any, str]
             )
         first = False
         yield row.get(text_column), where
+
+
+def _parse(line: bytes) -> Any:
+    """The value of a line of JSON.
+
+    One character beyond the first plane makes Python keep all others in four bytes as well, twice
+    over while a text is parsed. So a large line is parsed as if each byte were a character, and its
+    strings become text one by one; where it spells characters by number, it has to be as it is.
+    """
+    if len(line) < LARGE_LINE_BYTES or b"\\u" in line:
+        return json.loads(line.decode("utf-8"))
+    row = json.loads(line.decode("latin-1"))
+    return {_mend(key): _mend(row.pop(key)) for key in list(row)} if isinstance(row, dict) else row
+
+
+def _mend(value: Any) -> Any:
+    return value.encode("latin-1").decode("utf-8") if isinstance(value, str) else value
 
 
 def _read_text(piece: Piece, _: str) -> Iterator[tuple[Any, str]]:

@@ -145,7 +145,7 @@ class ShardWriter:
                 self._file = self._temporary.open("wb")
                 self._file.write(bytes(HEADER_BYTES))
             n_tokens = self._room(ids)
-            self._file.write(ids[:n_tokens].astype(self._dtype).tobytes())
+            self._file.write(ids[:n_tokens].astype(self._dtype).data)
             self._tokens += n_tokens
             if self._tokens >= SHARD_TOKENS:
                 self.finish()

@@ -9,6 +9,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from casallm.data import documents
 from casallm.data.documents import Oddities, Piece, format_of, read_documents
 from casallm.errors import DataError
 
@@ -96,6 +97,32 @@ def test_rows_without_text_are_counted_and_the_first_named(tmp_path, name):
         "left out, empty": f"{path}:3",
         "left out, not text": f"{path}:5",
     }
+
+
+@given(
+    st.lists(st.text(st.characters(codec="utf-8")).filter(lambda text: text.strip())),
+    st.booleans(),
+)
+def test_a_large_line_is_read_as_a_small_one(tmp_path_factory, texts, is_ascii):
+    path = tmp_path_factory.getbasetemp() / "large.jsonl"
+    rows = ({"é": 1, "text": text} for text in texts)
+    path.write_text("".join(json.dumps(row, ensure_ascii=is_ascii) + "\n" for row in rows))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "LARGE_LINE_BYTES", 0)
+        assert read(path) == texts
+
+
+def test_a_large_line_that_is_not_utf8_or_not_json_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "LARGE_LINE_BYTES", 0)
+    path = tmp_path / "a.jsonl"
+
+    path.write_bytes(b'{"text": "a\xff"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:1 is not UTF-8 \(byte 0xff at offset 1\)"):
+        read(path)
+    path.write_bytes(b'{"text": "a"}\n{"text\n')
+    with pytest.raises(DataError, match=r"a.jsonl:2 is not JSON"):
+        read(path)
 
 
 def test_null_rows_of_a_parquet_file_are_counted(tmp_path):

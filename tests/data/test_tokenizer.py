@@ -11,6 +11,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from casallm.data import tokenizer as module
 from casallm.data.tokenizer import (
     NAMED,
     SPECIAL_TOKENS,
@@ -65,6 +66,20 @@ def test_documents_joined_are_encoded_as_documents_alone(tokenizer, texts):
     alone = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     assert joined.tolist() == [id_ for ids in alone for id_ in ids]
     assert tokenizer.encode_documents(texts, threads=2).tolist() == joined.tolist()
+
+
+WORDS = st.lists(
+    st.sampled_from(["a", "Word's", "naïve", "  ", " ", "12", "\n", "é", "北", "don't"])
+)
+
+
+@given(texts=st.lists(WORDS.map(" ".join), min_size=1, max_size=1), size=st.integers(0, 9))
+def test_a_large_document_is_encoded_in_parts_as_in_one(tokenizer, texts, size):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_LARGE_CHARS", size)
+        ids = tokenizer.encode_documents(texts).tolist()
+
+    assert ids == [tokenizer.bos_id, *tokenizer.encode(texts[0])]
 
 
 def test_special_tokens_come_last_and_never_from_text(tokenizer):
