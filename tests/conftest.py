@@ -1,8 +1,8 @@
 """What all tests share: property tests are not timed, and real runs come first.
 
-Machines are busy, so no example has a deadline. Whole runs take ten seconds and more: begun first,
-they leave the gaps to the small tests; those that are held against one calm run stay on one worker,
-so that it is made once.
+Machines are busy, so no example has a deadline. Whole runs take ten seconds and more: begun
+first, they leave the gaps to the small tests. A file stays on one worker, and so do the tests that
+are held against one calm run: what they share is made once.
 """
 
 import pytest
@@ -17,8 +17,15 @@ CALM_RUNS = {"calm", "tuned"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    fixtures = {item: set(getattr(item, "fixturenames", ())) for item in items}
-    items.sort(key=lambda item: not fixtures[item] & {"documents", *CALM_RUNS})
+    items.sort(key=_place)
     for item in items:
-        for name in fixtures[item] & CALM_RUNS:
-            item.add_marker(pytest.mark.xdist_group(name))
+        group = CALM_RUNS & _fixtures(item) or {item.path.name}
+        item.add_marker(pytest.mark.xdist_group(min(group)))
+
+
+def _place(item: pytest.Item) -> int:
+    return 0 if CALM_RUNS & _fixtures(item) else 1 if "documents" in _fixtures(item) else 2
+
+
+def _fixtures(item: pytest.Item) -> set[str]:
+    return set(getattr(item, "fixturenames", ()))
