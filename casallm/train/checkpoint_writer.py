@@ -122,13 +122,19 @@ class CheckpointWriter:
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Wait until the last save is durable, or raise why it is not; False if time ran out."""
-        if self._job is None:
-            return True
-        if not wait([self._job], timeout_seconds).done:
+        if not self.wait_until_idle(timeout_seconds):
             return False
         job, self._job = self._job, None
-        job.result()
+        if job is not None:
+            job.result()
         return True
+
+    def wait_until_idle(self, timeout_seconds: float | None = None) -> bool:
+        """Wait until the last save has ended, well or not; False if time ran out.
+
+        The next `save` says how it ended, and whether that matters.
+        """
+        return self._job is None or bool(wait([self._job], timeout_seconds).done)
 
     def close(self) -> None:
         """End the background thread once it has stored what is on its way."""

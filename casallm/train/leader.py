@@ -1,7 +1,9 @@
 """What only rank 0 does: record, sample, save, watch the money, and notice a newer attempt."""
 
 import logging
+import statistics
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +25,12 @@ from casallm.train.run import RunConfig
 from casallm.train.trainer import Interval
 
 log = logging.getLogger(__name__)
+
+PACE_INTERVALS = 9
+"""An early end is planned by the median of so many: one slow interval must not end a run."""
+
+SETTLED_INTERVALS = 3
+"""Before so many are seen (data may still arrive), only an end that near is believed."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,7 @@ class Leader:
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
+        self._paces: deque[float] = deque(maxlen=PACE_INTERVALS)
 
     def on_step(self, step: int) -> None:
         """Move the bar."""
@@ -116,7 +125,7 @@ class Leader:
     ) -> None:
         """Save and wait; a machine with `seconds` to live gives up before it dies."""
         begin = time.monotonic()
-        if not self.writer.wait(seconds):
+        if not self.writer.wait_until_idle(seconds):
             log.warning("the last checkpoint is still on its way: nothing newer was begun")
             return
         self.save(state, model, optimizers)
@@ -129,10 +138,16 @@ class Leader:
         return self.writer.is_fenced
 
     def early_end(self, step: int, last: int, seconds_per_step: float) -> int | None:
-        """A nearer last step, if budget or deadline demand one."""
-        return plan_early_end(
+        """A nearer last step, if budget or deadline demand one; the bar counts to what is last."""
+        self._paces.append(seconds_per_step)
+        end = plan_early_end(
             step,
             last,
             seconds_left=self.purse.seconds_left(time.time()),
-            seconds_per_step=seconds_per_step,
+            seconds_per_step=statistics.median_low(self._paces),
         )
+        near = step + SETTLED_INTERVALS * self.config.log.every_steps
+        if end and end > near and len(self._paces) < SETTLED_INTERVALS:
+            end = None
+        self.progress.total_steps = end or last
+        return end
