@@ -20,10 +20,10 @@ from tests.faults.fixtures import moto
 from tests.faults.servers import CREDENTIALS
 from tests.train.real_run import RealRun
 
-STEPS = 150
+STEPS = 80
 """Long enough that kills meet every phase; with a checkpoint every 10 steps."""
 
-SETTINGS = (f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=75")
+SETTINGS = (f"train.steps={STEPS}", "checkpoint.every_steps=10", "eval.every_steps=40")
 
 
 def sigkills(count: int, seed: int, directory: Path) -> Result:

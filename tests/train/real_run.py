@@ -31,7 +31,7 @@ SETTINGS = (
     "log.wandb=off",
 )
 PRETRAIN = ("pretrain", "--preset", "tiny", *SETTINGS)
-PATIENCE_SECONDS = 240
+PATIENCE_SECONDS = 600
 
 
 @dataclass(frozen=True)
