@@ -90,20 +90,22 @@ class Cache:
 
     def _bring(self, name: str, *, is_needed: bool) -> bool:
         """Have `name` here and sound; False if it would not fit and is not needed yet."""
-        if self._is_sound(name):
-            return True
-        with self._locked():
-            if self._is_sound(name):  # another process was faster
+        path = self._directory / name
+        while True:
+            found = _inode(path)
+            if found and self._is_sound(name):
                 return True
-            path = self._directory / name
-            if path.exists():
-                log.warning("%s is not what it was and is fetched again", path)
-                path.unlink()
-            if not self._make_room(name, is_needed=is_needed):
-                return False
-            self._store.get(name, path, sha256=self._files[name].sha256)
-            self._sound.add(name)
-        return True
+            with self._locked():
+                if _inode(path) != found:  # another process was faster: what did it bring?
+                    continue
+                if found:
+                    log.warning("%s is not what it was and is fetched again", path)
+                    path.unlink()
+                if not self._make_room(name, is_needed=is_needed):
+                    return False
+                self._store.get(name, path, sha256=self._files[name].sha256)
+                self._sound.add(name)
+                return True
 
     def _is_sound(self, name: str) -> bool:
         """Whether `name` is here as it should be; hashed the first time that this is asked."""
@@ -149,3 +151,11 @@ class Cache:
         with (self._directory / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def _inode(path: Path) -> int | None:
+    """What tells a file from one that took its place; None if there is none."""
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return None
