@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from casallm.config import Config
 from casallm.estimate.cost import usd_so_far
@@ -35,6 +35,15 @@ class BudgetConfig(Config):
     """Price of this machine (all nodes); the launcher sets it to the instance really got."""
     billed_from: Literal["start", "boot"] = "start"
     """Since when this machine costs money; the launcher says boot."""
+
+    @model_validator(mode="after")
+    def _has_price(self) -> "BudgetConfig":
+        if self.usd is not None and self.usd_per_hour is None:
+            raise ValueError(
+                f"budget.usd is {self.usd:g}, but what this machine costs is not known: set"
+                " budget.usd_per_hour"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from casallm.config import build
+from casallm.errors import ConfigError
 from casallm.train.budget import BudgetConfig, Purse, plan_early_end
 
 
@@ -18,8 +20,13 @@ def test_dollars_count_from_boot_and_include_earlier_attempts():
 
 
 def test_without_a_price_there_are_no_dollars_and_no_limit():
-    assert purse(usd=5).usd_so_far(2000) is None
-    assert purse(usd=5).seconds_left(2000) == math.inf
+    assert purse().usd_so_far(2000) is None
+    assert purse().seconds_left(2000) == math.inf
+
+
+def test_a_budget_on_a_machine_of_unknown_price_is_refused():
+    with pytest.raises(ConfigError, match=r"^settings: budget.usd is 5, but what this machine"):
+        build(BudgetConfig, {"usd": "5"})
 
 
 def test_the_nearer_of_budget_and_deadline_counts():
