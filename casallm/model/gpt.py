@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casallm.estimate.architecture import ModelConfig
+from casallm.model.documents import attend_within_documents
 from casallm.model.kv_cache import CacheRows
 
 ROPE_THETA = 10_000.0
@@ -68,8 +69,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Logits over the padded vocabulary (BTV) for the token after each position.
 
-        Positions count from 0 unless given. With `document_ids_BT` a token sees only what carries
-        its own id. Rows padded on the right need neither: the future is never seen.
+        Positions count from 0 unless given. With `document_ids_BT` a token sees only the run of
+        its own id in its row. Rows padded on the right need neither: the future is never seen.
         """
         return self.logits(self.hidden(tokens_BT, positions_BT, document_ids_BT, cache))
 
@@ -81,12 +82,14 @@ class GPT(nn.Module):
         cache: CacheRows | None = None,
     ) -> Tensor:
         """The normalised residual stream (BTD) behind the last block."""
-        mask = None if document_ids_BT is None else _document_mask(document_ids_BT)
+        mask = None
+        if document_ids_BT is not None and not tokens_BT.is_cpu:
+            mask, document_ids_BT = _document_mask(document_ids_BT), None
         if cache is not None:
             positions_BT, mask = cache.positions_BT, cache.mask_B1TS
         assert tokens_BT.shape[1] <= self.context_length
         cos, sin = self._rotations(positions_BT, tokens_BT.shape[1])
-        lookup = Lookup(cos, sin, mask, cache)
+        lookup = Lookup(cos, sin, mask, cache, document_ids_BT)
         x_BTD = _to_compute_type(self.embedding(tokens_BT))
         for block in self.blocks:
             x_BTD = block(x_BTD, lookup)
@@ -165,6 +168,8 @@ class Lookup(NamedTuple):
     mask: Tensor | None
     """True where a query may look (B1TS); None: the causal flag alone."""
     cache: CacheRows | None
+    document_ids_BT: Tensor | None = None
+    """On a CPU, instead of a mask: each run of one id attends to itself."""
 
 
 class Block(nn.Module):
@@ -209,7 +214,13 @@ class Attention(nn.Module):
         k_BHTK = rotate(self.k_norm(k_BTHK), lookup.cos, lookup.sin).transpose(1, 2)
         if lookup.cache is not None:
             k_BHTK, v_BHTK = lookup.cache.update(self.layer, k_BHTK, v_BHTK)
-        y_BHTK = F.scaled_dot_product_attention(
+        y_BHTK = self._attend(q_BHTK, k_BHTK, v_BHTK, lookup)
+        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+    def _attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, lookup: Lookup) -> Tensor:
+        if lookup.document_ids_BT is not None:
+            return attend_within_documents(q_BHTK, k_BHTK, v_BHTK, lookup.document_ids_BT)
+        return F.scaled_dot_product_attention(
             q_BHTK,
             k_BHTK,
             v_BHTK,
@@ -219,7 +230,6 @@ class Attention(nn.Module):
             is_causal=lookup.mask is None and q_BHTK.shape[2] > 1,
             enable_gqa=self.is_grouped,
         )
-        return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.view(*x.shape[:-1], -1, self.d_head)
