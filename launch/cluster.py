@@ -279,7 +279,7 @@ def _sky() -> Any:
 def _finish(request: Any, *, seconds: float, what: str) -> Any:
     """The result of a request to the API server; CloudError when it takes too long."""
     sky = _sky()
-    deadline = time.monotonic() + seconds
+    deadline, pause = time.monotonic() + seconds, 0.2
     with _explained():
         while not _is_over(sky.api_status([request])):
             if time.monotonic() > deadline:
@@ -288,7 +288,8 @@ def _finish(request: Any, *, seconds: float, what: str) -> Any:
                     f"{what} took longer than {seconds / 60:.0f} minutes and was given up: look at"
                     " `sky api logs`, then run the same command again"
                 )
-            time.sleep(0.3)
+            time.sleep(pause)
+            pause = min(1.2 * pause, POLL_SECONDS)
         return sky.get(request)
 
 

@@ -16,8 +16,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 
 BUCKET = "s3://casallm-kills"
 MACHINE = ["--preset", "tiny", "--gpu", "A100:8", "--region", "us-east-1", "--on-demand"]
-UP_SECONDS, DOWN_SECONDS = 25.0, 15.0
-"""About what either takes when it is left alone."""
 
 
 @pytest.mark.skipif(not os.environ.get("CASALLM_E2E"), reason="takes long: `make e2e` runs it")
@@ -26,6 +24,7 @@ def test_after_many_kills_of_the_launcher_one_down_leaves_nothing(bare_machines)
     cloud.client("s3").create_bucket(Bucket="casallm-kills")
     cloud.sky("api", "start", timeout=300)
     cloud.sky("check", "aws", timeout=600)
+    up_seconds, down_seconds = _seconds(cloud, _up()), _seconds(cloud, _down())
     kills, rented = int(os.environ.get("KILLS", "200")), set()
 
     for _ in range(kills):
@@ -33,7 +32,7 @@ def test_after_many_kills_of_the_launcher_one_down_leaves_nothing(bare_machines)
         _kill(
             cloud,
             _up() if is_up else _down(),
-            chance.uniform(0, UP_SECONDS if is_up else DOWN_SECONDS),
+            chance.uniform(0, up_seconds if is_up else down_seconds),
         )
         rented |= set(cloud.live_instances())
 
@@ -42,6 +41,7 @@ def test_after_many_kills_of_the_launcher_one_down_leaves_nothing(bare_machines)
     assert (cloud.live_instances(), cloud.live_volumes()) == ([], [])
     assert len(rented) > kills / 20, "the kills came too early to leave anything"
     result = {"kills": kills, "machines_rented": len(rented), "machines_left": 0}
+    result |= {"up_seconds": up_seconds, "down_seconds": down_seconds}
     (cloud.folder / "kills.json").write_text(json.dumps(result))
 
 
@@ -52,6 +52,13 @@ def _up() -> list[str]:
 
 def _down() -> list[str]:
     return ["down", "--run", f"{BUCKET}/killed", "--yes"]
+
+
+def _seconds(cloud, words: list[str]) -> float:
+    """What a command takes when it is left alone."""
+    began = time.monotonic()
+    cloud.launch(*words, timeout=900)
+    return time.monotonic() - began
 
 
 def _kill(cloud, words: list[str], seconds: float) -> None:

@@ -2,7 +2,8 @@
 
 On PYTHONPATH of the API server and of everything it starts. Before a managed job is recovered,
 its controller asks two public addresses whether the network is up, and waits for ever when they
-do not answer: here it asks the simulated cloud instead. With SIMCLOUD_SKIP_BRINGUP set, machines
+do not answer: here it asks the simulated cloud instead. Two processes that watch managed jobs do
+instead of the dozen that a computer's memory would hold. With SIMCLOUD_SKIP_BRINGUP set, machines
 count as ready as soon as EC2 says that they run: nothing is sent to them.
 """
 
@@ -14,6 +15,10 @@ import sys
 
 def _patch_network_check(module):
     module._TEST_IP_LIST = [os.environ["AWS_ENDPOINT_URL"]]
+
+
+def _patch_controllers(module):
+    module.MAX_CONTROLLERS = 2
 
 
 def _patch_bringup(module):
@@ -34,7 +39,10 @@ def _patch_bringup(module):
 _READY = ("runtime_setup_done", "workdir_synced", "file_mounts_synced", "setup_done", "run_started")
 _ABSENT = ("has_ray", "has_skylet", "has_job_queue", "ssh_available")
 
-PATCHES = {"sky.backends.backend_utils": _patch_network_check}
+PATCHES = {
+    "sky.backends.backend_utils": _patch_network_check,
+    "sky.utils.controller_utils": _patch_controllers,
+}
 if os.environ.get("SIMCLOUD_SKIP_BRINGUP"):
     PATCHES["sky.provision.aws.instance"] = _patch_bringup
 
