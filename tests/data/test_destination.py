@@ -169,7 +169,8 @@ def test_nodes_that_know_nothing_of_each_other_make_the_same_files(
 
 
 def test_nodes_at_work_at_the_same_time_do_not_disturb_each_other(many_units, tmp_path):
-    prepare(open_source(str(many_units)), tmp_path / "calm", tokenizer=None, vocab_size=400)
+    source = open_source(str(many_units))
+    prepare(source, tmp_path / "calm", tokenizer=None, vocab_size=400, workers=1)
     shares = [(many_units, tmp_path / "out", Node(rank, 3)) for rank in range(3)]
 
     with multiprocessing.get_context("fork").Pool(3) as pool:

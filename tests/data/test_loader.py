@@ -153,7 +153,7 @@ STRETCHES = st.lists(
 )
 
 
-@settings(max_examples=12)
+@settings(max_examples=5)
 @given(STRETCHES, st.integers(40, 90), st.integers(0, 2**40))
 def test_an_epoch_reads_every_window_once_whatever_interrupts_it(
     many_shards, stretches, global_size, seed

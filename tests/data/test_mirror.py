@@ -92,7 +92,7 @@ def test_the_ranks_of_a_node_share_one_mirror_of_a_bad_bucket(many_shards, s3, m
             stack.enter_context(loader_of(dataset, rank=rank, world_size=n_ranks))
             for dataset, rank, n_ranks in zip(datasets, (0, 0, 1), (1, 2, 2), strict=True)
         ]
-        for step in range(0, local.sequences_per_epoch // 16, 2):
+        for step in range(0, local.sequences_per_epoch // 16, 4):
             rows = [tokens_of(rank.batches(step)) for rank in ranks]
             together = [row for pair in zip(*rows, strict=True) for row in pair]
             assert together == tokens_of(local.batches(step))

@@ -16,6 +16,7 @@ __all__ = ["credentials", "s3"]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_run_from_a_bucket_through_a_small_cache_has_the_losses_of_one_from_disk(
     tmp_path, s3, monkeypatch
 ):
