@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 from casallm.config import build, canonical_json, to_tree, to_yaml
-from casallm.errors import CheckpointError, TrainingError
+from casallm.errors import CheckpointError, ConfigError, TrainingError
 from casallm.estimate.architecture import count_params
 from casallm.estimate.estimator import EstimateRequest, estimate
 from casallm.storage.store import Store, open_store
@@ -53,6 +53,9 @@ from casallm.train.supervisor import (
 from casallm.units import format_count
 
 log = logging.getLogger(__name__)
+
+BOOT_TIME_SLACK_SECONDS = 30.0
+"""The kernel counts its boot back from now, so each correction of the clock moves it."""
 
 
 @dataclass(frozen=True)
@@ -194,16 +197,20 @@ def _predicted_usd(settled: Settled) -> dict[str, float] | None:
 
 def _billing(run: Store, config: BudgetConfig) -> dict[str, Any]:
     """What was paid before this machine, and since when it bills; one machine is billed once."""
-    here = {"host": socket.gethostname(), "booted_at": psutil.boot_time()}
+    host, booted_at = socket.gethostname(), psutil.boot_time()
     newest = max(attempt_numbers(run), default=0)
     last = read_attempt(run, newest) if newest else None
-    is_same_machine = last and all(last.info.get(key) == here[key] for key in here)
+    is_same_machine = (
+        last is not None
+        and last.info.get("host") == host
+        and abs(float(last.info.get("booted_at", 0.0)) - booted_at) < BOOT_TIME_SLACK_SECONDS
+    )
     if last and is_same_machine and config.billed_from == "boot":
         paid = {key: last.info[key] for key in ("usd_before", "billed_since")}
     else:
-        since = here["booted_at"] if config.billed_from == "boot" else time.time()
+        since = booted_at if config.billed_from == "boot" else time.time()
         paid = {"usd_before": spent_usd(run), "billed_since": since}
-    return {"booted_at": here["booted_at"], **paid}
+    return {"booted_at": booted_at, **paid}
 
 
 @contextlib.contextmanager
@@ -222,9 +229,9 @@ def _notices(config: RunConfig, supervisor: Supervisor) -> Iterator[None]:
 def _generations(settled: Settled, attempt: Attempt) -> Callable[[], Generation]:
     """What the supervisor asks before each generation: to go on from the newest checkpoint."""
     run, config = settled.run, settled.config
-    elapsed = [line["elapsed_seconds"] for line in merged_metrics(run) if "loss" in line]
 
     def next_generation() -> Generation:
+        elapsed = [line["elapsed_seconds"] for line in merged_metrics(run) if "loss" in line]
         checkpoint = newest_good(run, settled.scratch)
         spec = Spec(
             run_url=run.url,
@@ -323,7 +330,13 @@ def _refuse_changes(settled: Settled) -> None:
 
 
 def _n_ranks(request: Request, machine: Machine) -> int:
-    return request.start.ranks or max(1, machine.n_gpus)
+    ranks = request.start.ranks or max(1, machine.n_gpus)
+    if machine.n_gpus and ranks > machine.n_gpus:
+        raise ConfigError(
+            f"--ranks is {ranks}, and each needs a GPU of its own, of which there are"
+            f" {machine.n_gpus} here: give at most that many"
+        )
+    return ranks
 
 
 def _copy_files(material: Material, run: Store) -> None:

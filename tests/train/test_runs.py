@@ -60,6 +60,8 @@ def test_a_run_whose_ranks_and_supervisor_are_killed_ends_with_the_weights_of_th
     assert done.code == 0, done.stderr
     assert run.weights() == calm.weights()
     assert [line["loss"] for line in run.metrics()] == [line["loss"] for line in calm.metrics()]
+    elapsed = [line["elapsed_seconds"] for line in run.metrics()]
+    assert elapsed == sorted(elapsed)
 
 
 @pytest.mark.slow

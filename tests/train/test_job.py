@@ -1,0 +1,50 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from casallm.errors import ConfigError
+from casallm.storage.local import LocalStore
+from casallm.train import job
+from casallm.train.attempts import claim
+from casallm.train.budget import BudgetConfig
+from casallm.train.machine import Machine
+
+FROM_BOOT = BudgetConfig(usd_per_hour=1, billed_from="boot")
+GPUS = Machine("cuda", "NVIDIA L4", 2, 24 << 30, 0.0, 8, 64 << 30, "3.12", "2.13", "0")
+
+
+def test_a_machine_is_billed_once_although_its_clock_is_corrected(tmp_path, monkeypatch):
+    run = LocalStore(tmp_path / "run")
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1000.0)
+    first = job._billing(run, FROM_BOOT)
+    claim(run, parent=None, **first)
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1001.0)
+
+    second = job._billing(run, FROM_BOOT)
+
+    assert (second["usd_before"], second["billed_since"]) == (0.0, 1000.0)
+
+
+def test_a_machine_that_was_booted_again_is_billed_anew(tmp_path, monkeypatch):
+    run = LocalStore(tmp_path / "run")
+    monkeypatch.setattr(psutil, "boot_time", lambda: 1000.0)
+    claim(run, parent=None, **job._billing(run, FROM_BOOT))
+    monkeypatch.setattr(psutil, "boot_time", lambda: 9000.0)
+
+    assert job._billing(run, FROM_BOOT)["billed_since"] == 9000.0
+
+
+@pytest.mark.parametrize(("asked", "ranks"), [(None, 2), (1, 1), (2, 2)])
+def test_each_gpu_has_one_rank_or_none(asked, ranks):
+    assert job._n_ranks(SimpleNamespace(start=SimpleNamespace(ranks=asked)), GPUS) == ranks
+
+
+def test_more_ranks_than_gpus_are_refused():
+    request = SimpleNamespace(start=SimpleNamespace(ranks=4))
+
+    with pytest.raises(ConfigError, match=r"^--ranks is 4, and each needs a GPU .* are 2 here"):
+        job._n_ranks(request, GPUS)
+    on_a_cpu = replace(GPUS, device_kind="cpu", n_gpus=0)
+    assert job._n_ranks(request, on_a_cpu) == 4
