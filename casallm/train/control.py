@@ -5,7 +5,9 @@ It lives on the machine's own disk for one generation of ranks:
     spec.json        what to train, written by the supervisor
     stop.json        please stop: reason and the seconds left
     heartbeat-R      touched by rank R at every step; its content is the step
-    error-R.txt      the last words of rank R
+    last-save        from here on ranks take no step: rank 0 stores the last checkpoint
+    error-R.txt      the last words of rank R: the error's first line, then the traceback
+    pid-R            the process of rank R
     stacks-R.txt     where every thread of rank R was, dumped on SIGUSR2
     outcome.json     how the generation ended, written by rank 0
 
@@ -71,6 +73,7 @@ class Control:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._seen_stop: StopRequest | None = None
+        self._beats: dict[str, tuple[int, float]] = {}
 
     def write_spec(self, spec: Spec) -> None:
         """Leave word of what the ranks are to do."""
@@ -98,9 +101,24 @@ class Control:
         (self.directory / f"heartbeat-{rank}").write_text(str(step))
 
     def seconds_since_beat(self) -> float | None:
-        """How long ago the slowest rank last moved; None before any has."""
-        beats = [path.stat().st_mtime for path in self.directory.glob("heartbeat-*")]
-        return time.time() - min(beats) if beats else None
+        """How long ago the slowest rank was last seen to move; None before any has.
+
+        Counts between calls of this method, by a clock that nobody sets.
+        """
+        now = time.monotonic()
+        for path in self.directory.glob("heartbeat-*"):
+            beat = path.stat().st_mtime_ns
+            if self._beats.get(path.name, (None,))[0] != beat:
+                self._beats[path.name] = (beat, now)
+        return now - min(seen for _, seen in self._beats.values()) if self._beats else None
+
+    def begin_last_save(self) -> None:
+        """Say that no step follows, however long the store takes."""
+        (self.directory / "last-save").touch()
+
+    def is_in_last_save(self) -> bool:
+        """Whether all steps are done and only the last checkpoint is on its way."""
+        return (self.directory / "last-save").exists()
 
     def write_outcome(self, outcome: Outcome) -> None:
         """Leave word of how the generation ended."""
@@ -113,11 +131,15 @@ class Control:
 
     def write_error(self, rank: int, error: BaseException) -> None:
         """Keep the last words of a failing rank."""
+        summary = traceback.format_exception_only(error)[-1].splitlines()[0]
         text = "".join(traceback.format_exception(error))
-        _write_whole(self.directory / f"error-{rank}.txt", text)
+        _write_whole(self.directory / f"error-{rank}.txt", f"{summary}\n{text}")
 
     def first_error(self) -> tuple[int, str] | None:
-        """The rank that failed first and its last words, if any rank left some."""
+        """The rank that failed first and its last words, if any rank left some.
+
+        The first line is the error's own; what libraries add beneath it is advice to programmers.
+        """
         paths = sorted(self.directory.glob("error-*.txt"), key=lambda path: path.stat().st_mtime_ns)
         if not paths:
             return None
@@ -127,11 +149,11 @@ class Control:
         """From now on SIGUSR2 writes every thread's stack to stacks-R.txt."""
         file = (self.directory / f"stacks-{rank}.txt").open("w")
         faulthandler.register(signal.SIGUSR2, file=file, all_threads=True, chain=False)
-        (self.directory / f"pid-{rank}").write_text(str(os.getpid()))
+        _write_whole(self.directory / f"pid-{rank}", str(os.getpid()))
 
     def rank_pids(self) -> list[int]:
         """The processes of the ranks that have started."""
-        return [int(path.read_text() or 0) for path in self.directory.glob("pid-*")]
+        return [int(path.read_text()) for path in self.directory.glob("pid-*")]
 
     def stacks(self) -> dict[int, str]:
         """What the ranks dumped on SIGUSR2, by rank."""

@@ -6,6 +6,7 @@ from the newest good checkpoint, a bounded number of times. A stop signal become
 ranks act on at a step boundary. Exit codes: 0 done, 1 a person must look, 75 run me again.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -42,6 +43,9 @@ START_PATIENCE = 3.0
 
 GRACE_SECONDS = 10.0
 """How long ranks may take to die before they are killed."""
+
+EXIT_SECONDS = 60.0
+"""How long after the outcome all processes may take; torchrun itself gives ranks thirty."""
 
 
 @dataclass(frozen=True)
@@ -131,14 +135,18 @@ class Supervisor:
         started = time.monotonic()
         while process.poll() is None and not self._signals.is_impatient:
             time.sleep(POLL_SECONDS)
+            if control.outcome():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(EXIT_SECONDS)
+                return
             since_beat = control.seconds_since_beat()
             patience = generation.stall_seconds
             if since_beat is None:
                 since_beat, patience = time.monotonic() - started, patience * START_PATIENCE
-            if since_beat > patience and control.outcome() is None:
+            if since_beat > patience and not control.is_in_last_save():
                 _dump_stacks(control, since_beat)
                 return
-            if self._leader and self._leader.failure() and control.outcome() is None:
+            if self._leader and self._leader.failure():
                 return
 
 
@@ -244,11 +252,14 @@ def _dump_stacks(control: Control, silent_seconds: float) -> None:
 
 def last_words(control: Control, leader: Leader | None = None) -> str:
     """Why the ranks of this node failed, as the first of them said it, or another node's did."""
-    error = control.first_error()
+    outcome, error = control.outcome(), control.first_error()
+    if outcome is not None:
+        return outcome.reason
     if error is None and leader and leader.failure():
         return str(leader.failure())
     if error is None:
         return "the ranks ended without a word (killed, or out of memory)"
     rank, text = error
-    log.warning("rank %d said:\n%s", rank, text.rstrip())
-    return f"rank {rank} failed: {text.strip().splitlines()[-1]}"
+    summary, _, traceback = text.partition("\n")
+    log.warning("rank %d said:\n%s", rank, traceback.rstrip())
+    return f"rank {rank} failed: {summary}"

@@ -329,6 +329,7 @@ class Trainer:
         """Save and wait until it is durable, or until `seconds` are over."""
         if self.observer:
             self._raise_if_last_diverged()
+            self.control.begin_last_save()
             self.observer.save_last(self.state, self.model, self.optimizers, seconds)
 
     def _raise_if_last_diverged(self) -> None:

@@ -1,0 +1,75 @@
+import subprocess
+import sys
+import time
+
+import pytest
+
+from casallm.train import supervisor
+from casallm.train.control import Control, Outcome
+from casallm.train.nodes import Place
+from casallm.train.supervisor import Generation, Supervisor, last_words
+
+HUNG = Generation(spec=None, place=Place(), ranks=1, threads_per_rank=1, stall_seconds=0.2)
+
+
+@pytest.fixture
+def ranks():
+    """A process that takes no step, for a second and a half."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1.5)"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def watch(process, control) -> float:
+    """How long the supervisor watches these ranks."""
+    begin = time.monotonic()
+    Supervisor(lambda: HUNG, lambda: 0)._watch(process, HUNG, control)
+    return time.monotonic() - begin
+
+
+def test_ranks_that_take_no_step_are_left(tmp_path, ranks, caplog):
+    control = Control(tmp_path)
+    control.beat(0, 5)
+
+    watch(ranks, control)
+
+    assert "no step for 0 s; where the ranks were:" in caplog.messages
+
+
+def test_a_last_save_takes_as_long_as_the_store_needs(tmp_path, ranks, caplog):
+    control = Control(tmp_path)
+    control.beat(0, 5)
+    control.begin_last_save()
+
+    watch(ranks, control)
+
+    assert ranks.poll() is not None
+    assert caplog.messages == []
+
+
+def test_processes_that_do_not_end_after_the_outcome_are_left(tmp_path, ranks, monkeypatch):
+    monkeypatch.setattr(supervisor, "EXIT_SECONDS", 0.2)
+    control = Control(tmp_path)
+    control.write_outcome(Outcome("finished", 7, "all steps are done"))
+
+    watch(ranks, control)
+
+    assert ranks.poll() is None
+
+
+def test_the_last_words_are_the_error_and_not_what_a_library_adds(tmp_path):
+    control = Control(tmp_path)
+    advice = "Compile with `TORCH_USE_CUDA_DSA` to enable device-side assertions."
+    control.write_error(2, RuntimeError(f"CUDA error: unspecified launch failure\n{advice}"))
+
+    words = last_words(control)
+
+    assert words == "rank 2 failed: RuntimeError: CUDA error: unspecified launch failure"
+
+
+def test_a_sentence_for_the_person_is_the_last_word_of_another_node_too(tmp_path):
+    control = Control(tmp_path)
+    control.write_outcome(Outcome("failed", 0, "the GPU ran out of memory: set it lower"))
+
+    assert last_words(control) == "the GPU ran out of memory: set it lower"
