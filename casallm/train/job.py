@@ -5,11 +5,10 @@ ranks, and at the end write what a finished run holds. The same request continue
 differs from stage to stage is asked of the request.
 """
 
-import contextlib
 import logging
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from casallm.train.control import Outcome, Spec
 from casallm.train.journal import AttemptLog, Line, merged_metrics, merged_samples, spent_usd
 from casallm.train.machine import Machine, this_machine
 from casallm.train.nodes import Follower, Leader, Place
-from casallm.train.preemption import watch_notices
+from casallm.train.preemption import heed_notices
 from casallm.train.report import write_report
 from casallm.train.resume import start_attempt
 from casallm.train.run import (
@@ -99,7 +98,8 @@ def start(request: Request) -> tuple[int, str]:
     settled = settle(request, machine, run)
     place = settled.place
     if place.node:
-        return follow(Follower(place, run.url), _localizer(settled)), ""
+        notices = settled.config.train.notices
+        return follow(Follower(place, run.url), _localizer(settled), notices), ""
     _refuse_changes(settled)
     attempt, checkpoint = _claim(settled)
     log.info("%s", describe(settled, checkpoint.name if checkpoint else None))
@@ -107,7 +107,7 @@ def start(request: Request) -> tuple[int, str]:
     supervisor = Supervisor(_generations(settled, attempt), lambda: _newest_step(run), leader)
     code, answer = EXIT_FAILED, ""
     try:
-        with _notices(settled.config, supervisor):
+        with heed_notices(settled.config.train.notices, supervisor.request_stop):
             code, answer = _conclude(settled, attempt, supervisor.run())
     finally:
         if leader:
@@ -211,19 +211,6 @@ def _billing(run: Store, config: BudgetConfig) -> dict[str, Any]:
         since = booted_at if config.billed_from == "boot" else time.time()
         paid = {"usd_before": spent_usd(run), "billed_since": since}
     return {"booted_at": booted_at, **paid}
-
-
-@contextlib.contextmanager
-def _notices(config: RunConfig, supervisor: Supervisor) -> Iterator[None]:
-    """Listen to the cloud while the ranks run, if the settings say which."""
-    if config.train.notices == "off":
-        yield
-        return
-    done = watch_notices(config.train.notices, supervisor.request_stop)
-    try:
-        yield
-    finally:
-        done.set()
 
 
 def _generations(settled: Settled, attempt: Attempt) -> Callable[[], Generation]:

@@ -62,14 +62,13 @@ class Leader:
         TrainingError if they are not all there in time.
         """
         deadline = time.monotonic() + JOIN_SECONDS
-        while len(self._followers) < self._place.n_nodes - 1:
+        while not self._are_all_here():
             if time.monotonic() > deadline:
                 raise TrainingError(
                     f"{len(self._followers) + 1} of {self._place.n_nodes} nodes are there after"
                     f" {JOIN_SECONDS / 60:.0f} minutes: see the logs of the missing ones"
                 )
             time.sleep(0.1)
-        self._failure = None
         port = _free_port()
         self._tell({"kind": "start", "spec": asdict(spec), "port": port})
         return port
@@ -86,6 +85,14 @@ class Leader:
         """Let all nodes exit with `code`."""
         self._tell({"kind": "done", "code": code})
         self._server.close()
+
+    def _are_all_here(self) -> bool:
+        """Whether no node is missing; failures count from then on, a node that leaves included."""
+        with self._lock:
+            are_here = len(self._followers) == self._place.n_nodes - 1
+            if are_here:
+                self._failure = None
+            return are_here
 
     def _accept(self) -> None:
         while True:

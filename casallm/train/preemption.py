@@ -5,6 +5,7 @@ AWS announces a spot reclaim about 120 s ahead through its instance metadata (IM
 token, then `spot/instance-action`), GCP about 30 s ahead through `instance/preempted`.
 """
 
+import contextlib
 import http.client
 import logging
 import os
@@ -13,7 +14,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Literal
 
@@ -57,6 +58,21 @@ class SignalWatch:
             self._on_stop(StopRequest(reason=signal.Signals(number).name))
         elif now - self._first >= REPEAT_AFTER_SECONDS:
             self.is_impatient = True
+
+
+@contextlib.contextmanager
+def heed_notices(
+    cloud: Literal["off", "aws", "gcp"], on_stop: Callable[[StopRequest], None]
+) -> Iterator[None]:
+    """Listen to the cloud for as long as this lasts, if it is said which."""
+    if cloud == "off":
+        yield
+        return
+    done = watch_notices(cloud, on_stop)
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def watch_notices(

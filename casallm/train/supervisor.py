@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from casallm.errors import TrainingError
 from casallm.train.control import (
@@ -28,7 +29,7 @@ from casallm.train.control import (
     environment_for_child,
 )
 from casallm.train.nodes import Follower, Leader, Place
-from casallm.train.preemption import SignalWatch
+from casallm.train.preemption import SignalWatch, heed_notices
 
 log = logging.getLogger(__name__)
 
@@ -150,20 +151,25 @@ class Supervisor:
                 return
 
 
-def follow(follower: Follower, localize: Callable[[Spec], Generation]) -> int:
+def follow(
+    follower: Follower,
+    localize: Callable[[Spec], Generation],
+    notices: Literal["off", "aws", "gcp"] = "off",
+) -> int:
     """Run the generations that node 0 orders, on a node that is not node 0; the exit code.
 
-    `localize` makes node 0's spec one for this machine.
+    `localize` makes node 0's spec one for this machine, and `notices` says whose notices of
+    preemption it gets: each machine hears only of its own.
     """
     ranks = _FollowedRanks(follower)
-    watch = SignalWatch(ranks.request_stop)
-    watch.install()
-    for order in follower.orders():
-        ranks.end()
-        if order["kind"] == "done":
-            return int(order["code"])
-        if order["kind"] == "start":
-            ranks.start(localize(Spec(**order["spec"])), order["port"])
+    SignalWatch(ranks.request_stop).install()
+    with heed_notices(notices, ranks.request_stop):
+        for order in follower.orders():
+            ranks.end()
+            if order["kind"] == "done":
+                return int(order["code"])
+            if order["kind"] == "start":
+                ranks.start(localize(Spec(**order["spec"])), order["port"])
     ranks.end()
     log.warning("node 0 is gone: this node's ranks have ended, run the same command again")
     return EXIT_AGAIN
@@ -177,15 +183,19 @@ class _FollowedRanks:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._control: Control | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._request: StopRequest | None = None
         self._is_ending = False
 
     def request_stop(self, request: StopRequest) -> None:
+        self._request = self._request or request
         if self._control:
             self._control.request_stop(request)
 
     def start(self, generation: Generation, port: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="casallm-")
         self._control = Control(Path(self._folder.name))
+        if self._request:
+            self._control.request_stop(self._request)
         self._is_ending = False
         self._process = start_torchrun(generation, self._control, port)
         threading.Thread(target=self._report, args=(self._process,), daemon=True).start()

@@ -1,13 +1,17 @@
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 
 import pytest
 
 from casallm.train import supervisor
-from casallm.train.control import Control, Outcome
+from casallm.train.control import Control, Outcome, StopRequest
 from casallm.train.nodes import Place
-from casallm.train.supervisor import Generation, Supervisor, last_words
+from casallm.train.preemption import METADATA, watch_notices
+from casallm.train.supervisor import Generation, Supervisor, follow, last_words
+from tests.train.metadata_server import metadata_server
+from tests.train.test_control import SPEC
 
 HUNG = Generation(spec=None, place=Place(), ranks=1, threads_per_rank=1, stall_seconds=0.2)
 
@@ -73,3 +77,31 @@ def test_a_sentence_for_the_person_is_the_last_word_of_another_node_too(tmp_path
     control.write_outcome(Outcome("failed", 0, "the GPU ran out of memory: set it lower"))
 
     assert last_words(control) == "the GPU ran out of memory: set it lower"
+
+
+def test_a_node_that_follows_heeds_the_notice_of_its_own_machine(ranks, monkeypatch):
+    controls = []
+    monkeypatch.setattr(
+        supervisor, "start_torchrun", lambda _, c, port: controls.append(c) or ranks
+    )
+    monkeypatch.setattr(supervisor.SignalWatch, "install", lambda _: None)
+    monkeypatch.setitem(watch_notices.__kwdefaults__, "poll_seconds", 0.02)
+    requests = []
+
+    class Node0:
+        def orders(self):
+            yield {"kind": "start", "spec": asdict(SPEC), "port": 1}
+            metadata.give_notice()
+            deadline = time.monotonic() + 20
+            while not requests and time.monotonic() < deadline:
+                requests.extend(filter(None, [controls[0].stop_request()]))
+            yield {"kind": "done", "code": 75}
+
+        def report_failure(self, words):
+            pass
+
+    with metadata_server() as metadata:
+        monkeypatch.setenv(METADATA["aws"][0], metadata.url)
+        code = follow(Node0(), lambda spec: HUNG, "aws")
+
+    assert (code, requests) == (75, [StopRequest("AWS spot notice", 120.0)])
