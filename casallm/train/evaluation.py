@@ -13,6 +13,7 @@ from casallm.inference.sampling import SamplingConfig
 from casallm.model.gpt import GPT
 from casallm.model.loss import token_losses
 from casallm.train.distributed import World, sum_over_ranks
+from casallm.train.metrics import bits_per_byte
 
 SAMPLE_TOKENS = 64
 SAMPLE_TEMPERATURE = 0.8
@@ -64,8 +65,7 @@ def validate(
         )
     nll, n_targets, text_nll, n_bytes = sum_over_ranks(world, totals).tolist()
     return Validation(
-        nll / n_targets if n_targets else math.nan,
-        text_nll / math.log(2) / n_bytes if n_bytes else math.nan,
+        nll / n_targets if n_targets else math.nan, bits_per_byte(text_nll, int(n_bytes))
     )
 
 

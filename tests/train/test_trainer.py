@@ -52,6 +52,8 @@ class Notes:
 
 @pytest.fixture
 def make_trainer(prepared, tmp_path):
+    torch.set_num_threads(1)  # two threads that wait for each other take minutes on busy cores
+
     def make(observer=None, *, state=None, micro_batch_size=6, **train) -> Trainer:
         settings = {
             "model": {"n_layers": 2, "d_model": 32, "n_heads": 2, "vocab_size": 400},
