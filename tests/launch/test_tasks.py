@@ -119,15 +119,14 @@ def test_the_command_of_every_task_is_one_that_the_parser_accepts(job, tmp_path)
 
 @pytest.mark.parametrize("job", JOBS)
 def test_a_running_task_has_removed_the_scripts_that_spell_out_its_secrets(job, tmp_path):
-    folder = tmp_path / ".sky/sky_app"
-    folder.mkdir(parents=True)
-    (folder / "sky_job_7").touch()
-    (folder / "sky_job_8").touch()
+    of_driver = tmp_path / ".sky/sky_app"
+    of_driver.mkdir(parents=True)
+    for script in (of_driver / "sky_job_7", of_driver / "sky_job_8", tmp_path / "sky_setup_sky-1"):
+        script.touch()
 
     words_of(job, tmp_path, given=GIVEN, cluster={**ONE_NODE, "SKYPILOT_INTERNAL_JOB_ID": "7"})
 
-    assert not (tmp_path / "sky_app_x").exists()
-    assert [path.name for path in folder.iterdir()] == ["sky_job_8"]
+    assert sorted(path.name for path in tmp_path.rglob("sky_*_*")) == ["sky_job_8"]
 
 
 def test_defaults_of_a_task_leave_every_choice_to_casallm(tmp_path):
