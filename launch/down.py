@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from casallm.units import format_usd
 from launch import aws, cluster
-from launch.request import cluster_name, run_labels
+from launch.request import PROJECT, cluster_name, run_labels
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +66,11 @@ def tear_down_all() -> TearDown:
     for name in cluster.live_names():
         ended += _end_known(name)
     regions = aws.enabled_regions()
-    found = aws.leftovers(regions, {"project": "casallm"})
+    found = aws.leftovers(regions, PROJECT)
     for each in found:
         if each.kind != "volume":
             aws.remove(each)
-    left = _wait_until_gone(found, {"project": "casallm"}, None)
+    left = _wait_until_gone(found, PROJECT, None)
     ended += [str(each) for each in found if each not in left]
     return TearDown(tuple(ended), tuple(str(each) for each in left), is_proven=True)
 

@@ -19,6 +19,9 @@ ACCOUNT = "ACCOUNT"
 DEFAULT_PRESET = "350m"
 """What is trained in a cloud when no size is given: the reference model."""
 
+PROJECT = {"project": "casallm"}
+"""The label of everything that is rented for any run."""
+
 NAME_LENGTH = 40
 """Of a cluster: AWS, GCP and Kubernetes all take this much."""
 
@@ -82,4 +85,4 @@ def cluster_name(run_url: str) -> str:
 
 def run_labels(run_url: str) -> dict[str, str]:
     """The labels (on AWS: tags) of everything that is rented for a run."""
-    return {"project": "casallm", "casallm-run": cluster_name(run_url)}
+    return {**PROJECT, "casallm-run": cluster_name(run_url)}

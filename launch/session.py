@@ -18,7 +18,7 @@ from launch.down import tear_down, tear_down_all
 from launch.plan import Plan, build_plan
 from launch.preflight import Findings, Surroundings, preflight
 from launch.progress import read_progress
-from launch.request import ACCOUNT, LaunchRequest, cluster_name
+from launch.request import ACCOUNT, PROJECT, LaunchRequest, cluster_name, run_labels
 from launch.screen import format_plan
 from launch.up import bring_home, environment_of_this_process, follow, launch_plan, three_commands
 
@@ -87,7 +87,7 @@ def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int
 
 
 def status_text(run_url: str | None) -> str:
-    """One run in full, or every live one by name; the controller too."""
+    """One run in full, or every live one by name; the controller, and what AWS itself has."""
     names = [cluster_name(run_url)] if run_url else cluster.live_names()
     lines = []
     for name in names:
@@ -100,7 +100,8 @@ def status_text(run_url: str | None) -> str:
         lines += [f"  {line}" for line in read_progress(open_store(run_url)).lines()]
     watching = cluster.controller()
     lines.append(f"controller   {watching or 'none: nothing is billed for it'}")
-    return "\n".join(lines) if names else "nothing of casallm runs\n" + lines[-1]
+    lines.append(f"in AWS       {_rented(run_url)}")
+    return "\n".join(lines if names else ["SkyPilot runs nothing of casallm", *lines])
 
 
 def is_over(run_url: str) -> bool:
@@ -163,6 +164,16 @@ def _create_bucket(found: Findings) -> None:
     if found.bucket_to_create:
         name, region = found.bucket_to_create.split()
         aws.create_bucket(name, region)
+
+
+def _rented(run_url: str | None) -> str:
+    """What AWS says is there, also what SkyPilot has lost track of, as the end of a row."""
+    labels = run_labels(run_url) if run_url else PROJECT
+    try:
+        found = aws.leftovers(aws.enabled_regions(), labels)
+    except CloudError as error:
+        return f"not asked: {error}"
+    return "\n             ".join(map(str, found)) or "nothing"
 
 
 def _paid(run_url: str) -> float | None:

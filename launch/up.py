@@ -36,6 +36,9 @@ ROLE_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 NOTICES = ("aws", "gcp")
 """Clouds whose notices of preemption the trainer understands."""
 
+OVER = ("FAILED", "CANCELLED", "SUCCEEDED")
+"""How SkyPilot's words for a job that has ended begin."""
+
 BROUGHT_HOME = ("config.yaml", "finished.json", "metrics.jsonl", "samples.jsonl")
 BROUGHT_HOME_BELOW = ("report", "plots/", "model/", "tokenizer/")
 
@@ -52,11 +55,13 @@ class Ending:
 
 def launch_plan(plan: Plan, environment: Mapping[str, str]) -> cluster.Standing:
     """Have the plan running, whatever an earlier, killed start left behind."""
-    cluster.settle(plan.name)
-    current = cluster.standing(plan.name)
-    if not current.is_live:
+    names = (plan.name, _data_machine(plan))
+    for name in names:
+        cluster.settle(name)
+    current, preparing = (cluster.standing(name) for name in names)
+    if not current.is_live and not preparing.is_live:
         reconcile(plan)
-    if current.is_live and (current.kind == "job" or cluster.cluster_job_status(plan.name)):
+    if current.is_live and (current.kind == "job" or _has_work(plan.name)):
         log.info("%s runs already (%s): it is not started twice", plan.name, current.status)
         return current
     if plan.workload.data == "documents":
@@ -124,7 +129,7 @@ def prepare_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
     """The task that makes the plan's shards, on a machine without GPUs."""
     secrets = _secrets(plan, environment)
     changes = Overrides(
-        name=f"{plan.name}-data",
+        name=_data_machine(plan),
         labels=run_labels(plan.request.run_url),
         envs={
             "DATA": plan.request.data or "",
@@ -162,7 +167,7 @@ def follow(plan: Plan) -> Ending:
                 f"no machine began within {CAPACITY_HOURS:g} hours, so {plan.name} was ended: run"
                 " the same command again, or add REGION=, GPU= or SPOT=0"
             )
-        if job.startswith(("FAILED", "CANCELLED", "SUCCEEDED")) or is_unknown:
+        if job.startswith(OVER) or is_unknown:
             return _ended(_progress(url), job, current)
         time.sleep(FOLLOW_SECONDS)
 
@@ -194,16 +199,22 @@ def three_commands(run_url: str) -> str:
     )
 
 
+def _has_work(name: str) -> bool:
+    """Whether the cluster has a job that has not ended."""
+    job = cluster.cluster_job_status(name)
+    return bool(job) and not job.startswith(OVER)
+
+
 def _prepare(plan: Plan, environment: Mapping[str, str]) -> None:
     """Make the shards first, unless they are in the bucket already."""
     if open_store(plan.workload.data_url).exists("manifest.json"):
         return
-    name = f"{plan.name}-data"
+    name = _data_machine(plan)
     log.info("preparing %s into %s", plan.request.data, plan.workload.data_url)
     cluster.launch_cluster(prepare_task(plan, environment), name, wait_hours=CAPACITY_HOURS)
     while not open_store(plan.workload.data_url).exists("manifest.json"):
         status = cluster.cluster_job_status(name)
-        if status.startswith(("FAILED", "CANCELLED")):
+        if status.startswith(OVER[:2]):
             cluster.tail(name)
             cluster.end_cluster(name)
             raise CloudError(
@@ -212,6 +223,11 @@ def _prepare(plan: Plan, environment: Mapping[str, str]) -> None:
             )
         time.sleep(FOLLOW_SECONDS)
     cluster.end_cluster(name)
+
+
+def _data_machine(plan: Plan) -> str:
+    """The name of the machine that prepares the plan's data."""
+    return f"{plan.name}-data"
 
 
 def _secrets(plan: Plan, environment: Mapping[str, str]) -> dict[str, str]:

@@ -4,6 +4,7 @@ The node settles the run's configuration; this is the same arithmetic without to
 """
 
 import math
+import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -30,6 +31,9 @@ MAX_EPOCHS = 4
 
 SFT_TOKENS = 60_000_000
 """Of the default recipe, as `casallm.estimate` counts it."""
+
+_FILES = re.compile(r"[*?\[]|\.(jsonl|parquet|txt)(\.gz|\.zst)?$")
+"""What in a URL of a bucket shows that documents are meant, and not a directory of shards."""
 
 DataKind = Literal["builtin", "shards", "documents"]
 
@@ -123,7 +127,7 @@ def _data(request: LaunchRequest) -> tuple[DataKind, str]:
     data = (request.data or "builtin").rstrip("/")
     if data == "builtin" or request.job == "sft":
         return "builtin", ""
-    if data.startswith(("s3://", "gs://")) and not set(data) & set("*?["):
+    if data.startswith(("s3://", "gs://")) and not _FILES.search(data):
         return "shards", data
     if "://" not in data and Path(data).exists():
         made = f"s3://BUCKET/data/{data_name(data)}"

@@ -154,7 +154,9 @@ def test_documents_of_this_computer_go_into_a_bucket_first(plan_of, tmp_path, mo
     )
 
 
-@pytest.mark.parametrize("data", ["org/fine:web", "s3://b/fine-web/*.parquet", "x/fine-web.jsonl"])
+@pytest.mark.parametrize(
+    "data", ["org/fine:web", "s3://b/fine-web/*.parquet", "s3://b/fine-web.jsonl.gz"]
+)
 def test_the_shards_of_documents_get_a_name_that_every_store_takes(plan_of, data):
     assert plan_of(data=data, bucket="s3://ours").workload.data_url == "s3://ours/data/fine-web"
 

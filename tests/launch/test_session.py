@@ -5,9 +5,10 @@ import pytest
 from casallm.errors import CloudError
 from casallm.storage.store import open_store
 from casallm.train.attempts import claim
+from launch import aws, cluster
 from launch.preflight import Findings
 from launch.request import LaunchRequest, cluster_name
-from launch.session import Choices, confirm, is_over, run_up, with_account
+from launch.session import Choices, confirm, is_over, run_up, status_text, with_account
 
 
 def test_problems_stop_before_the_question_and_show_the_plan_first(bare_laptop):
@@ -42,6 +43,20 @@ def test_a_run_that_is_over_is_known_before_anything_is_rented(tmp_path):
     run.write("finished.json", json.dumps(record).encode())
 
     assert (before, is_over(run.url)) == (False, True)
+
+
+def test_the_status_shows_what_skypilot_has_lost_track_of(monkeypatch):
+    lost = aws.Leftover("instance", "i-1", "us-east-1", "running")
+    for name, answer in (("live_names", []), ("controller", None)):
+        monkeypatch.setattr(cluster, name, lambda answer=answer: answer)
+    monkeypatch.setattr(aws, "enabled_regions", lambda: ["us-east-1"])
+    monkeypatch.setattr(aws, "leftovers", lambda regions, labels: [lost])
+
+    assert status_text(None).splitlines() == [
+        "SkyPilot runs nothing of casallm",
+        "controller   none: nothing is billed for it",
+        "in AWS       instance i-1 in us-east-1 (running)",
+    ]
 
 
 def test_nobody_is_asked_where_nobody_can_answer():

@@ -1,5 +1,8 @@
+import pytest
+
 from casallm.storage.store import open_store
-from launch.up import bring_home, prepare_task, three_commands, train_task
+from launch import cluster, up
+from launch.up import bring_home, launch_plan, prepare_task, three_commands, train_task
 
 KEYS = {
     "WANDB_API_KEY": "w",
@@ -56,6 +59,58 @@ def test_documents_are_prepared_with_the_vocabulary_of_the_model(plan_of):
     assert task["envs"]["OUT"] == "s3://ours/data/fineweb-edu"
     assert task["envs"]["VOCAB_SIZE"] == "4096"
     assert "WANDB_API_KEY" not in task["secrets"]
+
+
+@pytest.fixture
+def skypilot(monkeypatch):
+    """SkyPilot as far as `launch_plan` asks it: what stands under which name, what was begun."""
+    stands, begun = {}, []
+    monkeypatch.setattr(cluster, "settle", lambda name: None)
+    monkeypatch.setattr(cluster, "standing", lambda name: stands.get(name, cluster.Standing()))
+    monkeypatch.setattr(cluster, "submit_job", lambda task, name: begun.append(name))
+    monkeypatch.setattr(up, "reconcile", lambda plan: begun.append("reconcile"))
+    return stands, begun
+
+
+def test_what_an_earlier_start_left_is_ended_before_another_begins(skypilot, plan_of):
+    plan, (_, begun) = plan_of(), skypilot
+
+    launch_plan(plan, {})
+
+    assert begun == ["reconcile", plan.name]
+
+
+def test_a_run_that_is_live_is_not_started_twice(skypilot, plan_of):
+    plan, (stands, begun) = plan_of(), skypilot
+    stands[plan.name] = cluster.Standing(kind="job", status="RECOVERING")
+
+    launch_plan(plan, {})
+
+    assert begun == []
+
+
+def test_a_machine_that_still_prepares_data_is_not_taken_for_a_leftover(skypilot, plan_of):
+    plan, (stands, begun) = plan_of(), skypilot
+    stands[f"{plan.name}-data"] = cluster.Standing(kind="cluster", status="UP")
+
+    launch_plan(plan, {})
+
+    assert begun == [plan.name]
+
+
+@pytest.mark.parametrize(("job", "begins"), [("RUNNING", False), ("FAILED_SETUP", True)])
+def test_a_cluster_whose_job_has_ended_gets_another(skypilot, plan_of, monkeypatch, job, begins):
+    plan, (stands, begun) = plan_of(is_spot=False), skypilot
+    stands[plan.name] = cluster.Standing(kind="cluster", status="UP")
+    monkeypatch.setattr(cluster, "cluster_job_status", lambda name: job)
+    monkeypatch.setattr(cluster, "ends_itself", lambda name: True)
+    monkeypatch.setattr(
+        cluster, "launch_cluster", lambda task, name, wait_hours: begun.append(name)
+    )
+
+    launch_plan(plan, {})
+
+    assert begun == ([plan.name] if begins else [])
 
 
 def test_several_nodes_ask_for_the_fast_network(plan_of):

@@ -27,6 +27,9 @@ HERE = Path(__file__).resolve().parent
 BIN = Path(sys.executable).parent
 TOOLS = ("unshare", "nsenter", "socat", "rsync", "ip", "sudo", "ssh", "sshd", "ssh-keygen")
 
+PATIENCE = float(os.environ.get("SIMCLOUD_PATIENCE", "1"))
+"""Every time limit is multiplied by it: more than 1 on a machine that has other work to do."""
+
 
 def missing_for_skypilot() -> str | None:
     """Why SkyPilot cannot run here against moto, or None."""
@@ -129,7 +132,7 @@ class SimulatedCloud:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=timeout,
+            timeout=timeout * PATIENCE,
             check=False,
         )
         if check and done.returncode:
@@ -218,7 +221,7 @@ class SimulatedCloud:
 
 def wait_until(condition: Callable[[], object], *, seconds: float, what: str) -> Any:
     """The first true value of `condition`, asked every half second."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while time.monotonic() < deadline:
         value = condition()
         if value:

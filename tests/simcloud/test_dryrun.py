@@ -2,13 +2,15 @@
 
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+from tests.simcloud.cloud import PATIENCE
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900 * PATIENCE)]
 
 
 @pytest.fixture(scope="module")
 def sky(control_plane):
     control_plane.sky("api", "start", timeout=300)
-    control_plane.sky("check", "aws", timeout=300)
+    control_plane.sky("check", "aws", timeout=600)
     return lambda *words: control_plane.sky("launch", "--dryrun", "-y", *words, timeout=300)
 
 

@@ -13,9 +13,9 @@ import time
 
 import pytest
 
-from tests.simcloud.cloud import BIN, CHECKOUT, SimulatedCloud, wait_until
+from tests.simcloud.cloud import BIN, CHECKOUT, PATIENCE, SimulatedCloud, wait_until
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600 * PATIENCE)]
 
 BUCKET = "s3://casallm-e2e"
 TINY = [
@@ -34,14 +34,15 @@ TINY = [
     "checkpoint.every_seconds=3",
 ]
 MACHINE = ["--preset", "tiny", "--gpu", "A100:8", "--region", "us-east-1", "--ranks", "1"]
+SHARDS = f"{BUCKET}/data/words"
 USD_PER_HOUR = 21.957642
-CALM_STEPS = 1000
+CALM_STEPS = 2000
 
 
 def up(run: str, *words: str) -> list[str]:
     """The arguments of an `up` that asks nothing."""
     where = ["--bucket", BUCKET, "--run", run, "--yes", "--allow-dirty"]
-    return ["up", "pretrain", *MACHINE, *where, *words, *TINY]
+    return ["up", "pretrain", *MACHINE, "--data", SHARDS, *where, *words, *TINY]
 
 
 def read(cloud: SimulatedCloud, run: str, name: str) -> bytes | None:
@@ -73,6 +74,12 @@ def weights(cloud: SimulatedCloud, run: str) -> str:
     return json.loads(done.stdout)["weights_sha256"]
 
 
+def every_instance(cloud: SimulatedCloud) -> list[dict]:
+    """All that was rented in the first region, the terminated ones too."""
+    reservations = cloud.client("ec2").describe_instances()["Reservations"]
+    return [instance for each in reservations for instance in each["Instances"]]
+
+
 def assert_nothing_left(cloud: SimulatedCloud) -> None:
     assert cloud.live_instances() == []
     assert cloud.live_volumes() == []
@@ -80,9 +87,22 @@ def assert_nothing_left(cloud: SimulatedCloud) -> None:
     assert "Uploads" not in cloud.client("s3").list_multipart_uploads(Bucket="casallm-e2e")
 
 
+def put_documents(cloud: SimulatedCloud, name: str) -> str:
+    """The URL of some made-up documents in the bucket."""
+    chance, url = random.Random(name), f"text/{name}.jsonl"
+    words = ["".join(chance.choices("abcdefghij", k=chance.randint(2, 7))) for _ in range(300)]
+    documents = (" ".join(chance.choices(words, k=100)) for _ in range(4000))
+    body = "".join(json.dumps({"text": document}) + "\n" for document in documents)
+    cloud.client("s3").put_object(Bucket="casallm-e2e", Key=url, Body=body.encode())
+    return f"{BUCKET}/{url}"
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _server(cloud):
     cloud.client("s3").create_bucket(Bucket="casallm-e2e")
+    source = put_documents(cloud, "words")
+    options = ["--vocab-size", "512", "--workers", "1", "--data", source, "--out", SHARDS]
+    cloud.run([str(BIN / "casallm"), "prepare", *options], timeout=600)
     cloud.sky("api", "start", timeout=300)
     cloud.sky("check", "aws", timeout=600)
 
@@ -100,6 +120,19 @@ def test_a_run_on_demand_comes_home_and_leaves_nothing(cloud, calm):
     assert shown.rstrip().endswith("nothing left")
     assert finished(cloud, "calm")["step"] == CALM_STEPS
     assert (CHECKOUT / "runs/calm/finished.json").exists()
+    assert_nothing_left(cloud)
+
+
+def test_documents_are_prepared_on_a_machine_of_their_own_first(cloud):
+    documents = ["--data", put_documents(cloud, "other"), "train.steps=20"]
+
+    done = cloud.launch(*up("made", "--on-demand", *documents), timeout=2400)
+
+    assert read(cloud, "data/other", "manifest.json")
+    assert finished(cloud, "made")["step"] == 20
+    kinds = {each["InstanceType"] for each in every_instance(cloud)}
+    assert {"m6i.8xlarge", "p4d.24xlarge"} <= kinds
+    assert done.stdout.rstrip().endswith("nothing left")
     assert_nothing_left(cloud)
 
 
@@ -129,11 +162,11 @@ def test_a_budget_ends_the_run_annealed_and_it_is_not_started_again(cloud):
     assert rates[-1] < 0.2 * max(rates)
     assert_nothing_left(cloud)
 
-    rented = len(cloud.client("ec2").describe_instances()["Reservations"])
+    rented = len(every_instance(cloud))
     again = cloud.launch(*command, timeout=600)
 
     assert "is finished already: no machine is rented" in again.stdout
-    assert len(cloud.client("ec2").describe_instances()["Reservations"]) == rented
+    assert len(every_instance(cloud)) == rented
     assert_nothing_left(cloud)
 
 

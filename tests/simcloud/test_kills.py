@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from tests.simcloud.cloud import CHECKOUT
+from tests.simcloud.cloud import CHECKOUT, PATIENCE
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 * PATIENCE)]
 
 BUCKET = "s3://casallm-kills"
 MACHINE = ["--preset", "tiny", "--gpu", "A100:8", "--region", "us-east-1", "--on-demand"]
