@@ -142,8 +142,9 @@ def _ask(name: HubName) -> Any:
         ) from None
     except (httpx.HTTPError, OSError) as error:
         raise DataError(
-            f"{name.repository} is on the hub, and {endpoint()} cannot be reached from here"
-            f" ({type(error).__name__}): check the network, or name local files, or use builtin"
+            f"{name.repository} is no file or directory here, and {endpoint()} cannot be reached to"
+            f" look for it there ({type(error).__name__}): check the path and the network, or use"
+            " builtin"
         ) from None
 
 

@@ -10,7 +10,6 @@ is given the token. Proxies are not used. That the bytes arrive as they were sen
 import functools
 import http.client
 import ipaddress
-import os
 import re
 import socket
 import ssl
@@ -239,7 +238,7 @@ def _token() -> str | None:
     """The hub's token, from HF_TOKEN or where `hf auth login` has put it."""
     from huggingface_hub import get_token
 
-    return os.environ.get("HF_TOKEN") or get_token()
+    return get_token()
 
 
 @functools.cache
