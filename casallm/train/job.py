@@ -24,7 +24,15 @@ from casallm.train.attempts import Attempt, CheckpointName, attempt_numbers, rea
 from casallm.train.budget import BudgetConfig
 from casallm.train.checkpoint import Checkpoint, list_checkpoints, newest_good
 from casallm.train.control import Outcome, Spec
-from casallm.train.journal import AttemptLog, Line, merged_metrics, merged_samples, spent_usd
+from casallm.train.journal import (
+    METRICS,
+    SAMPLES,
+    AttemptLog,
+    Line,
+    merged_metrics,
+    merged_samples,
+    spent_usd,
+)
 from casallm.train.machine import Machine, this_machine
 from casallm.train.nodes import Follower, Leader, Place
 from casallm.train.preemption import heed_notices
@@ -94,6 +102,8 @@ def start(request: Request) -> tuple[int, str]:
     run = open_store(request.run_url(machine))
     finished = read_finished(run)
     if finished:
+        if not run.exists(METRICS):
+            _write_derived(run)
         return EXIT_DONE, f"{run.url} is finished: {finished['reason']}\n{_next_steps(run)}"
     settled = settle(request, machine, run)
     place = settled.place
@@ -285,10 +295,15 @@ def _conclude(settled: Settled, attempt: Attempt, outcome: Outcome) -> tuple[int
             f" ({outcome.reason}): the same command goes on from there"
         )
     finish(run, attempt, step=outcome.step, reason=outcome.reason)
-    run.write("metrics.jsonl", _to_lines(merged_metrics(run)))
-    run.write("samples.jsonl", _to_lines(merged_samples(run)))
-    write_report(run)
+    _write_derived(run)
     return EXIT_DONE, f"{run.url} is finished: {outcome.reason}\n{_next_steps(run)}"
+
+
+def _write_derived(run: Store) -> None:
+    """What a finished run holds and could be computed again; all is there when metrics are."""
+    run.write(SAMPLES, _to_lines(merged_samples(run)))
+    write_report(run)
+    run.write(METRICS, _to_lines(merged_metrics(run)))
 
 
 def _note(run: Store, attempt: Attempt, kind: str, **fields: Any) -> None:

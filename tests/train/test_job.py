@@ -10,6 +10,7 @@ from casallm.train import job
 from casallm.train.attempts import claim
 from casallm.train.budget import BudgetConfig
 from casallm.train.machine import Machine
+from tests.train.generated_run import make_run
 
 FROM_BOOT = BudgetConfig(usd_per_hour=1, billed_from="boot")
 GPUS = Machine("cuda", "NVIDIA L4", 2, 24 << 30, 0.0, 8, 64 << 30, "3.12", "2.13", "0")
@@ -48,3 +49,18 @@ def test_more_ranks_than_gpus_are_refused():
         job._n_ranks(request, GPUS)
     on_a_cpu = replace(GPUS, device_kind="cpu", n_gpus=0)
     assert job._n_ranks(request, on_a_cpu) == 4
+
+
+def test_a_finished_run_that_was_killed_before_its_report_gets_it_at_the_next_start(
+    tmp_path, monkeypatch
+):
+    run = make_run(tmp_path / "run")
+    run.write("report.html", b"made while it was training")
+    monkeypatch.setattr(job, "this_machine", lambda: GPUS)
+
+    code, answer = job.start(SimpleNamespace(run_url=lambda machine: run.url))
+
+    assert (code, answer.splitlines()[0]) == (0, f"{run.url} is finished: all 400 steps are done")
+    assert len(run.read("metrics.jsonl").splitlines()) == 40 + 8
+    assert len(run.read("samples.jsonl").splitlines()) == 3 * 8
+    assert b"all 400 steps are done" in run.read("report.html")
