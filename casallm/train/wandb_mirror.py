@@ -4,7 +4,7 @@ The mirror is a process of its own (`wandb_process`), fed through a pipe. Measur
 0.26: in the training process `init` against a server that does not answer returned neither
 within its `init_timeout` nor in two minutes, and held up the exit of the interpreter as long. A
 process can be left behind or killed. `metrics.jsonl` is the truth: whatever the mirror misses is
-in there, and `replay` pushes a whole run again.
+in there.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,9 +31,6 @@ Setting = Literal["auto", "off", "offline", "online"]
 
 CLOSE_SECONDS = 15.0
 """How long the end of a run waits for wandb; a preempted machine has 30 seconds in all."""
-
-REPLAY_SECONDS = 600.0
-"""How long a replay waits for its upload."""
 
 START_SECONDS = 60.0
 """How long wandb may take to begin before the mirror is given up."""
@@ -153,23 +150,6 @@ class WandbMirror:
                 " them all",
                 self._errors,
             )
-
-
-def replay(
-    lines: Iterable[Line],
-    *,
-    run_id: str,
-    name: str,
-    config: Mapping[str, Any],
-    directory: Path,
-) -> None:
-    """Push all of a run's lines, each step once, as one clean run."""
-    mirror = open_mirror("online", run_id=run_id, name=name, config=config, directory=directory)
-    if mirror is None:
-        return
-    for line in lines:
-        mirror.log(line)
-    mirror.close(REPLAY_SECONDS)
 
 
 def _kill_group(pid: int) -> None:

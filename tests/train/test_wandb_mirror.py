@@ -20,7 +20,6 @@ from casallm.train.wandb_mirror import (
     choose_mode,
     mirror_run_id,
     open_mirror,
-    replay,
 )
 from casallm.train.wandb_process import find_obstacle
 
@@ -157,18 +156,6 @@ def test_the_command_line_is_not_recorded(offline_run):
 
     assert files
     assert not any(b"wandb_process" in path.read_bytes() for path in files)
-
-
-@pytest.mark.slow
-def test_a_replay_without_an_account_keeps_every_line_and_says_why(tmp_path, caplog):
-    replay(LINES, run_id="run-1", name="r", config={}, directory=tmp_path)
-    said = list(caplog.messages)
-
-    assert history(records(tmp_path)) == LINES
-    assert said == [
-        "wandb is offline, no key was found (set WANDB_API_KEY, or run `wandb login`): its files"
-        f" are in {tmp_path}"
-    ]
 
 
 @pytest.mark.slow
