@@ -116,7 +116,7 @@ class LocalStore:
         with _explained(self._root, "delete"):
             for path in self._root.rglob(f".*{PARTIAL}"):
                 target = path.name[1:].removesuffix(PARTIAL).rpartition(".")[0]
-                if is_stale(path.with_name(target).relative_to(self._root).as_posix()):
+                if target and is_stale(path.with_name(target).relative_to(self._root).as_posix()):
                     path.unlink(missing_ok=True)
                     discarded += 1
         return discarded

@@ -119,6 +119,14 @@ def test_unfinished_writes_of_the_living_are_spared(store: LocalStore):
     assert Path(store.url, "new", ".x.0123456789ab.partial").exists()
 
 
+def test_a_hidden_file_that_no_write_left_is_no_unfinished_write(store: LocalStore):
+    store.write("x", b"")
+    Path(store.url, ".x.partial").touch()
+
+    assert store.discard_unfinished(lambda name: True) == 0
+    assert Path(store.url, ".x.partial").exists()
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path):
     def pieces():
         yield b"half"
