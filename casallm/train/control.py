@@ -9,7 +9,8 @@ It lives on the machine's own disk for one generation of ranks:
     error-R.txt      the last words of rank R: the error's first line, then the traceback
     pid-R            the process of rank R
     stacks-R.txt     where every thread of rank R was, dumped on SIGUSR2
-    outcome.json     how the generation ended, written by rank 0
+    outcome.json     how the generation ended: written by rank 0, or by a rank that has a sentence
+                     for the person
 
 torchrun turns every failure into exit code 1, so the outcome has to travel here.
 """
@@ -125,7 +126,7 @@ class Control:
         _write_whole(self.directory / "outcome.json", json.dumps(asdict(outcome)))
 
     def outcome(self) -> Outcome | None:
-        """What rank 0 wrote, or None if it could not."""
+        """What was left word of, or None if no rank could."""
         path = self.directory / "outcome.json"
         return Outcome(**json.loads(path.read_text())) if path.exists() else None
 

@@ -56,7 +56,7 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """The machine we are on; asks torch for GPUs without starting CUDA."""
+    """The machine we are on; starts CUDA in this process where there are GPUs."""
     import torch
 
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
