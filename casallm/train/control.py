@@ -3,7 +3,7 @@
 It lives on the machine's own disk for one generation of ranks:
 
     spec.json        what to train, written by the supervisor
-    stop.json        please stop: reason and the seconds left
+    stop.json        please stop: why, and when the machine is gone
     heartbeat-R      touched by rank R at every step; its content is the step
     last-save        from here on ranks take no step: rank 0 stores the last checkpoint
     error-R.txt      the last words of rank R: the error's first line, then the traceback
@@ -29,15 +29,24 @@ from typing import Any, Literal
 PR_SET_PDEATHSIG = 1
 """prctl's request for a signal at the parent's death (Linux, prctl(2))."""
 
+SHORTEST_NOTICE_SECONDS = 30.0
+"""The least that a cloud gives: what is left when the wish to stop came from another node."""
+
 PARENT_VARIABLE = "CASALLM_PARENT_PID"
 
 
 @dataclass(frozen=True)
 class StopRequest:
-    """Somebody wants the run to stop; `seconds_left` is how long the machine still lives."""
+    """Somebody wants the run to stop."""
 
     reason: str
-    seconds_left: float | None = None
+    ends_at: float | None = None
+    """When this machine is gone, by its own clock; None if nobody said so."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the machine still lives."""
+        return None if self.ends_at is None else max(0.0, self.ends_at - time.time())
 
 
 @dataclass(frozen=True)

@@ -106,14 +106,18 @@ def _aws_notice(base: str) -> StopRequest | None:
         return None
     header = {"X-aws-ec2-metadata-token": token}
     action = _fetch(f"{base}/latest/meta-data/spot/instance-action", header)
-    return None if action is None else StopRequest("AWS spot notice", AWS_NOTICE_SECONDS)
+    return None if action is None else _notice("AWS spot notice", AWS_NOTICE_SECONDS)
 
 
 def _gcp_notice(base: str) -> StopRequest | None:
     header = {"Metadata-Flavor": "Google"}
     answer = _fetch(f"{base}/computeMetadata/v1/instance/preempted", header)
     is_preempted = answer is not None and answer.strip().upper() == "TRUE"
-    return StopRequest("GCP preemption notice", GCP_NOTICE_SECONDS) if is_preempted else None
+    return _notice("GCP preemption notice", GCP_NOTICE_SECONDS) if is_preempted else None
+
+
+def _notice(reason: str, seconds: float) -> StopRequest:
+    return StopRequest(reason, time.time() + seconds)
 
 
 def _fetch(url: str, headers: dict[str, str], method: str = "GET") -> str | None:

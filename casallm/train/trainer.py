@@ -28,7 +28,7 @@ from casallm.errors import TrainingError
 from casallm.model.gpt import GPT
 from casallm.model.loss import TrainingLoss
 from casallm.train.checkpoint import Decision, TrainState
-from casallm.train.control import Control, Outcome
+from casallm.train.control import SHORTEST_NOTICE_SECONDS, Control, Outcome, StopRequest
 from casallm.train.distributed import FlagExchange, World, agree, sum_over_ranks
 from casallm.train.evaluation import Validation, validate
 from casallm.train.optim import Optimizers, clip_gradients
@@ -343,9 +343,9 @@ class Trainer:
             reason = "another start of this run leads it by now; this one wrote nothing more"
             return Outcome("failed", self.state.step, reason)
         self._flush()
-        request = self.control.stop_request()
-        self._save_last(request.seconds_left if request else None)
-        return Outcome("stopped", self.state.step, request.reason if request else "a signal")
+        request = self.control.stop_request() or _stop_of_another_node()
+        self._save_last(request.seconds_left)
+        return Outcome("stopped", self.state.step, request.reason)
 
     def _end_reason(self) -> str:
         if not self._early:
@@ -361,6 +361,11 @@ class Trainer:
         begin = time.monotonic()
         yield
         self._window_start += time.monotonic() - begin
+
+
+def _stop_of_another_node() -> StopRequest:
+    """Only the flag has come here, not how long that node lives: as short as a cloud's notice."""
+    return StopRequest("another node stops", time.time() + SHORTEST_NOTICE_SECONDS)
 
 
 def _inputs(batch: Batch) -> tuple[torch.Tensor | None, ...]:

@@ -28,10 +28,19 @@ def test_the_first_request_to_stop_stands(tmp_path):
     ours, theirs = Control(tmp_path), Control(tmp_path)
 
     assert theirs.stop_request() is None
-    ours.request_stop(StopRequest("SIGTERM", 30.0))
+    ours.request_stop(StopRequest("SIGTERM", 1030.0))
     ours.request_stop(StopRequest("SIGINT"))
 
-    assert theirs.stop_request() == StopRequest("SIGTERM", 30.0)
+    assert theirs.stop_request() == StopRequest("SIGTERM", 1030.0)
+
+
+def test_what_is_left_of_a_notice_shrinks_as_time_goes_by(monkeypatch):
+    request = StopRequest("AWS spot notice", ends_at=1120.0)
+
+    for now, left in [(1000.0, 120.0), (1045.0, 75.0), (1200.0, 0.0)]:
+        monkeypatch.setattr(time, "time", lambda now=now: now)
+        assert request.seconds_left == left
+    assert StopRequest("SIGTERM").seconds_left is None
 
 
 def test_outcome_spec_and_errors_come_back_as_left(tmp_path):
