@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from casallm.config import build, canonical_json, to_tree, to_yaml
-from casallm.errors import CheckpointError, ConfigError, TrainingError
+from casallm.errors import CheckpointError, ConfigError, StoreError, TrainingError
 from casallm.estimate.architecture import count_params
 from casallm.estimate.estimator import EstimateRequest, estimate
 from casallm.storage.store import Store, open_store
@@ -286,17 +286,29 @@ def _conclude(settled: Settled, attempt: Attempt, outcome: Outcome) -> tuple[int
     if outcome.kind == "finished":
         for kind, fields in settled.request.score(run, settled.config, settled.material):
             _note(run, attempt, kind, **fields)
-    _note(run, attempt, "end", outcome=outcome.kind, step=outcome.step, reason=outcome.reason)
+    try:
+        _note(run, attempt, "end", outcome=outcome.kind, step=outcome.step, reason=outcome.reason)
+    except StoreError as error:
+        if outcome.kind == "finished":
+            raise
+        log.warning("%s does not hear how this start ended: %s", run.url, error)
     if outcome.kind == "failed":
         raise TrainingError(outcome.reason)
     if outcome.kind == "stopped":
-        return EXIT_AGAIN, (
-            f"{run.url} is saved at step {outcome.step:,} of {settled.config.train.steps:,}"
-            f" ({outcome.reason}): the same command goes on from there"
-        )
+        return EXIT_AGAIN, _stopped_sentence(settled, outcome)
     finish(run, attempt, step=outcome.step, reason=outcome.reason)
     _write_derived(run)
     return EXIT_DONE, f"{run.url} is finished: {outcome.reason}\n{_next_steps(run)}"
+
+
+def _stopped_sentence(settled: Settled, outcome: Outcome) -> str:
+    url, steps = settled.run.url, settled.config.train.steps
+    if not outcome.step:
+        return f"{url} has no checkpoint yet ({outcome.reason}): the same command begins again"
+    return (
+        f"{url} is saved at step {outcome.step:,} of {steps:,} ({outcome.reason}): the same command"
+        " goes on from there"
+    )
 
 
 def _write_derived(run: Store) -> None:

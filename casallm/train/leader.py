@@ -133,6 +133,11 @@ class Leader:
         if not self.writer.wait(left):
             log.warning("time ran out before step %d was durable", state.step)
 
+    def safe_step(self) -> int:
+        """The step of the newest durable checkpoint; 0 if there is none."""
+        newest = self.writer.newest_durable
+        return newest.step if newest else 0
+
     def is_fenced(self) -> bool:
         """Whether the writer found a newer attempt."""
         return self.writer.is_fenced

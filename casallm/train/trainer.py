@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from casallm.data.loader import Batch
-from casallm.errors import TrainingError
+from casallm.errors import StoreError, TrainingError
 from casallm.model.gpt import GPT
 from casallm.model.loss import TrainingLoss
 from casallm.train.checkpoint import Decision, TrainState
@@ -98,6 +98,9 @@ class Observer(Protocol):
         self, state: TrainState, model: nn.Module, optimizers: Optimizers, seconds: float | None
     ) -> None:
         """Save, and return when it is durable or `seconds` are over."""
+
+    def safe_step(self) -> int:
+        """The step of the newest durable checkpoint; 0 if there is none."""
 
     def is_fenced(self) -> bool:
         """Whether another attempt leads the run by now."""
@@ -344,8 +347,15 @@ class Trainer:
             return Outcome("failed", self.state.step, reason)
         self._flush()
         request = self.control.stop_request() or _stop_of_another_node()
-        self._save_last(request.seconds_left)
-        return Outcome("stopped", self.state.step, request.reason)
+        reason = request.reason
+        try:
+            self._save_last(request.seconds_left)
+        except StoreError as error:
+            if not (self.observer and self.observer.safe_step()):
+                raise
+            reason = f"{reason}; step {self.state.step:,} could not be saved: {error}"
+        step = self.observer.safe_step() if self.observer else self.state.step
+        return Outcome("stopped", step, reason)
 
     def _end_reason(self) -> str:
         if not self._early:

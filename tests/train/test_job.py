@@ -4,11 +4,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from casallm.errors import ConfigError
+from casallm.errors import ConfigError, StoreError
 from casallm.storage.local import LocalStore
 from casallm.train import job
 from casallm.train.attempts import claim
 from casallm.train.budget import BudgetConfig
+from casallm.train.control import Outcome
 from casallm.train.machine import Machine
 from tests.train.generated_run import make_run
 
@@ -64,3 +65,23 @@ def test_a_finished_run_that_was_killed_before_its_report_gets_it_at_the_next_st
     assert len(run.read("metrics.jsonl").splitlines()) == 40 + 8
     assert len(run.read("samples.jsonl").splitlines()) == 3 * 8
     assert b"all 400 steps are done" in run.read("report.html")
+
+
+def test_a_stopped_run_goes_on_by_itself_although_its_store_is_down(tmp_path, monkeypatch, caplog):
+    def refuse(*_, **__):
+        raise StoreError("nobody answers")
+
+    monkeypatch.setattr(job, "_note", refuse)
+    settled = SimpleNamespace(
+        run=LocalStore(tmp_path), config=SimpleNamespace(train=SimpleNamespace(steps=24))
+    )
+    outcome = Outcome("stopped", 12, "SIGTERM; step 15 could not be saved: nobody answers")
+
+    code, sentence = job._conclude(settled, None, outcome)
+
+    assert code == 75
+    assert sentence == (
+        f"{tmp_path} is saved at step 12 of 24 (SIGTERM; step 15 could not be saved: nobody"
+        " answers): the same command goes on from there"
+    )
+    assert caplog.messages == [f"{tmp_path} does not hear how this start ended: nobody answers"]

@@ -7,7 +7,7 @@ import torch
 
 from casallm.config import build
 from casallm.data.loader import PretrainLoader
-from casallm.errors import TrainingError
+from casallm.errors import StoreError, TrainingError
 from casallm.model.gpt import build_gpt
 from casallm.train.checkpoint import Decision, TrainState
 from casallm.train.control import Control, StopRequest
@@ -23,6 +23,7 @@ class Notes:
     """An observer that remembers, and may propose an early end."""
 
     def __init__(self, end_at: int | None = None) -> None:
+        self.durable, self.store_error = None, None
         self.intervals, self.validations, self.saves, self.last_saves = [], [], [], []
         self._end_at = end_at
 
@@ -43,6 +44,12 @@ class Notes:
 
     def save_last(self, state, model, optimizers, seconds):
         self.last_saves.append((state, seconds))
+        if self.store_error:
+            raise self.store_error
+        self.durable = state.step
+
+    def safe_step(self):
+        return self.durable or 0
 
     def is_fenced(self):
         return False
@@ -159,6 +166,28 @@ def test_a_wish_to_stop_is_acted_on_one_step_later_with_its_deadline(make_traine
     assert state.step == 5
     assert 0 < seconds < 30  # the step since then has cost some of them
     assert notes.intervals[-1].step == 5
+
+
+def test_a_stop_whose_save_fails_ends_at_the_older_checkpoint(make_trainer):
+    notes = Notes()
+    trainer = make_trainer(notes)
+    notes.durable, notes.store_error = 3, StoreError("nobody answers")
+    notes.on_step = lambda step: step == 4 and trainer.control.request_stop(StopRequest("test"))
+
+    outcome = trainer.run()
+
+    assert (outcome.kind, outcome.step) == ("stopped", 3)
+    assert outcome.reason == "test; step 5 could not be saved: nobody answers"
+
+
+def test_a_stop_whose_save_fails_with_nothing_saved_before_is_a_failure(make_trainer):
+    notes = Notes()
+    trainer = make_trainer(notes)
+    notes.store_error = StoreError("nobody answers")
+    notes.on_step = lambda step: step == 4 and trainer.control.request_stop(StopRequest("test"))
+
+    with pytest.raises(StoreError, match="nobody answers"):
+        trainer.run()
 
 
 def test_a_stop_that_comes_from_another_node_has_the_shortest_notice(make_trainer, monkeypatch):
