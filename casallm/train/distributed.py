@@ -58,11 +58,10 @@ def join_world(device_kind: str) -> World:
     return World(rank, size, local_rank, device, flags)
 
 
-def leave_world(world: World) -> None:
-    """Wait for the other ranks, then take the groups down."""
+def meet(world: World) -> None:
+    """Wait until all ranks have come this far, and with them what they sent each other."""
     if world.size > 1:
         dist.barrier(group=world.flags)
-        dist.destroy_process_group()
 
 
 def sum_over_ranks(world: World, values: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from casallm.data.tokenizer import Tokenizer
+from casallm.errors import StoreError
 from casallm.model.gpt import GPT
 from casallm.storage.store import Store
 from casallm.train.attempts import Attempt
@@ -74,6 +75,7 @@ class Leader:
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
+        self._is_out_of_time = False
         self._paces: deque[float] = deque(maxlen=PACE_INTERVALS)
 
     def on_step(self, step: int) -> None:
@@ -125,12 +127,14 @@ class Leader:
     ) -> None:
         """Save and wait; a machine with `seconds` to live gives up before it dies."""
         begin = time.monotonic()
-        if not self.writer.wait_until_idle(seconds):
+        self._is_out_of_time = not self.writer.wait_until_idle(seconds)
+        if self._is_out_of_time:
             log.warning("the last checkpoint is still on its way: nothing newer was begun")
             return
         self.save(state, model, optimizers)
         left = None if seconds is None else max(0.0, seconds - (time.monotonic() - begin))
-        if not self.writer.wait(left):
+        self._is_out_of_time = not self.writer.wait(left)
+        if self._is_out_of_time:
             log.warning("time ran out before step %d was durable", state.step)
 
     def safe_step(self) -> int:
@@ -141,6 +145,21 @@ class Leader:
     def is_fenced(self) -> bool:
         """Whether the writer found a newer attempt."""
         return self.writer.is_fenced
+
+    def close(self) -> None:
+        """Let all of it reach the store, unless the time for that is over.
+
+        A checkpoint publishes the metrics before it, so that no training is lost with the last.
+        """
+        if self._is_out_of_time:
+            self.progress.close()
+            return
+        self.writer.close()
+        self.metrics.close()
+        try:
+            self.journal.close()
+        except StoreError as error:
+            log.warning("the last lines of metrics are not in %s: %s", self.run.url, error)
 
     def early_end(self, step: int, last: int, seconds_per_step: float) -> int | None:
         """A nearer last step, if budget or deadline demand one; the bar counts to what is last."""

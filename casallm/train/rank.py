@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import torch
 
@@ -28,13 +29,7 @@ from casallm.train.budget import Purse
 from casallm.train.checkpoint import TrainState, fetch, load, load_tensors
 from casallm.train.checkpoint_writer import CheckpointWriter
 from casallm.train.control import Control, Outcome, Spec, StopRequest, die_with_parent
-from casallm.train.distributed import (
-    World,
-    broadcast_object,
-    broadcast_tensors,
-    join_world,
-    leave_world,
-)
+from casallm.train.distributed import World, broadcast_object, broadcast_tensors, join_world
 from casallm.train.journal import AttemptLog
 from casallm.train.leader import Leader, Sampler
 from casallm.train.machine import Machine
@@ -106,7 +101,6 @@ def _train(spec: Spec, control: Control) -> None:
     feed.loader.close()
     if world.is_leader:
         control.write_outcome(outcome)
-    leave_world(world)
 
 
 def micro_batch_size(config: RunConfig, machine: Machine, world: World) -> int:
@@ -190,31 +184,30 @@ def _leader(
         scratch=Path(spec.scratch),
     )
     metrics = Metrics(journal.metric, sinks)
+    leader = Leader(
+        config=config,
+        run=run,
+        attempt=attempt,
+        journal=journal,
+        writer=writer,
+        metrics=metrics,
+        progress=progress,
+        sampler=Sampler(
+            feed.tokenizer, feed.prompts, config.train.context_length, config.train.seed
+        ),
+        model=model,
+        purse=Purse(spec.usd_before, spec.billed_since, spec.run_started, config.budget),
+        yardstick=Yardstick(
+            flops_per_token(config.model, config.train.context_length),
+            machine.hardware,
+            machine.devices_of(world.size),
+        ),
+        elapsed_before=spec.elapsed_before,
+    )
     try:
-        yield Leader(
-            config=config,
-            run=run,
-            attempt=attempt,
-            journal=journal,
-            writer=writer,
-            metrics=metrics,
-            progress=progress,
-            sampler=Sampler(
-                feed.tokenizer, feed.prompts, config.train.context_length, config.train.seed
-            ),
-            model=model,
-            purse=Purse(spec.usd_before, spec.billed_since, spec.run_started, config.budget),
-            yardstick=Yardstick(
-                flops_per_token(config.model, config.train.context_length),
-                machine.hardware,
-                machine.devices_of(world.size),
-            ),
-            elapsed_before=spec.elapsed_before,
-        )
+        yield leader
     finally:
-        writer.close()
-        metrics.close()
-        journal.close()
+        leader.close()
 
 
 def _out_of_memory(error: torch.OutOfMemoryError) -> str:
@@ -233,5 +226,12 @@ def _obey_signals(control: Control) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _leave(code: int) -> NoReturn:
+    """End this process at once: no upload that was given up and no other rank holds it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    _leave(main(sys.argv[1]))

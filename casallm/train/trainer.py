@@ -29,7 +29,7 @@ from casallm.model.gpt import GPT
 from casallm.model.loss import TrainingLoss
 from casallm.train.checkpoint import Decision, TrainState
 from casallm.train.control import SHORTEST_NOTICE_SECONDS, Control, Outcome, StopRequest
-from casallm.train.distributed import FlagExchange, World, agree, sum_over_ranks
+from casallm.train.distributed import FlagExchange, World, agree, meet, sum_over_ranks
 from casallm.train.evaluation import Validation, validate
 from casallm.train.optim import Optimizers, clip_gradients
 from casallm.train.run import RunConfig
@@ -329,7 +329,11 @@ class Trainer:
             self.observer.save(self.state, self.model, self.optimizers)
 
     def _save_last(self, seconds: float | None) -> None:
-        """Save and wait until it is durable, or until `seconds` are over."""
+        """Save and wait until it is durable, or until `seconds` are over.
+
+        From here on no rank needs another: those without an observer end while rank 0 saves.
+        """
+        meet(self.world)
         if self.observer:
             self._raise_if_last_diverged()
             self.control.begin_last_save()

@@ -1,5 +1,8 @@
 import dataclasses
 import io
+import subprocess
+import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ from casallm.storage.local import LocalStore
 from casallm.train.budget import BudgetConfig, Purse
 from casallm.train.checkpoint import list_checkpoints
 from casallm.train.leader import Leader
-from casallm.train.metrics import LogConfig
+from casallm.train.metrics import LogConfig, Metrics
 from casallm.train.progress import Progress
 from tests.faults.tiny_run import Session, model_at, optimizer_at, state_at
 
@@ -66,8 +69,11 @@ class Away(LocalStore):
         super().__init__(root)
         self.local_path = None
         self.is_down = False
+        self.is_answering = threading.Event()
+        self.is_answering.set()
 
     def put(self, name, path, *, sha256=None) -> None:
+        self.is_answering.wait(60)
         if self.is_down:
             raise StoreError("nobody answers")
         super().put(name, path, sha256=sha256)
@@ -81,11 +87,67 @@ def test_the_last_save_is_made_although_the_one_before_did_not_reach_the_store(t
     session.writer.wait_until_idle()
     run.is_down = False
 
-    make_leader(writer=session.writer).save_last(
+    save_last(make_leader(writer=session.writer), 30.0)
+
+    assert [name.step for name in list_checkpoints(run)] == [20]
+
+
+def test_when_the_time_of_the_last_save_is_over_nothing_waits_for_it(tmp_path, caplog):
+    run = Away(tmp_path / "run")
+    session = Session(run, tmp_path / "scratch")
+    leader = make_leader(writer=session.writer, progress=Progress(20))
+    run.is_answering.clear()
+    begin = time.monotonic()
+
+    save_last(leader, 0.1)
+    leader.close()
+
+    assert time.monotonic() - begin < 30
+    assert caplog.messages == ["time ran out before step 20 was durable"]
+    assert leader.safe_step() == 0
+    run.is_answering.set()
+
+
+def test_a_process_ends_although_one_of_its_threads_still_uploads():
+    code = (
+        "import time; from concurrent.futures import ThreadPoolExecutor;"
+        "from casallm.train import rank; ThreadPoolExecutor().submit(time.sleep, 60);"
+        "print('said', end=''); rank._leave(3)"
+    )
+
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=50)
+
+    assert (done.returncode, done.stdout) == (3, b"said")
+
+
+def test_metrics_that_do_not_reach_the_store_make_a_saved_run_no_failure(tmp_path, caplog):
+    run = Away(tmp_path / "run")
+    session = Session(run, tmp_path / "scratch")
+    leader = make_leader(
+        run=run, writer=session.writer, metrics=Metrics(session.journal.metric), journal=Down()
+    )
+    save_last(leader, 30.0)
+
+    leader.close()
+
+    assert leader.safe_step() == 20
+    assert caplog.messages == [
+        f"the last lines of metrics are not in {run.url}: nobody answers",
+    ]
+
+
+class Down:
+    """A journal that reaches nobody."""
+
+    def close(self):
+        raise StoreError("nobody answers")
+
+
+def save_last(leader: Leader, seconds: float) -> None:
+    """Make the checkpoint of step 20 the last."""
+    leader.save_last(
         state_at(20),
         SimpleNamespace(named_parameters=lambda: model_at(20).items()),
         SimpleNamespace(state=lambda: optimizer_at(20)),
-        30.0,
+        seconds,
     )
-
-    assert [name.step for name in list_checkpoints(run)] == [20]

@@ -9,6 +9,7 @@ from casallm.config import build
 from casallm.data.loader import PretrainLoader
 from casallm.errors import StoreError, TrainingError
 from casallm.model.gpt import build_gpt
+from casallm.train import trainer as trainer_module
 from casallm.train.checkpoint import Decision, TrainState
 from casallm.train.control import Control, StopRequest
 from casallm.train.distributed import World
@@ -166,6 +167,18 @@ def test_a_wish_to_stop_is_acted_on_one_step_later_with_its_deadline(make_traine
     assert state.step == 5
     assert 0 < seconds < 30  # the step since then has cost some of them
     assert notes.intervals[-1].step == 5
+
+
+def test_the_ranks_meet_for_the_last_time_before_the_last_save(make_trainer, monkeypatch):
+    notes = Notes()
+    trainer = make_trainer(notes)
+    saves_before = []
+    monkeypatch.setattr(trainer_module, "meet", lambda _: saves_before.append(notes.last_saves[:]))
+
+    trainer.run()
+
+    assert saves_before == [[]]
+    assert len(notes.last_saves) == 1
 
 
 def test_a_stop_whose_save_fails_ends_at_the_older_checkpoint(make_trainer):
