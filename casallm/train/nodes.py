@@ -16,7 +16,7 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -56,13 +56,15 @@ class Leader:
         self._server = socket.create_server(("", place.port))
         threading.Thread(target=self._accept, name="nodes", daemon=True).start()
 
-    def start(self, spec: Spec) -> int:
+    def start(self, spec: Spec, is_stopping: Callable[[], bool]) -> int | None:
         """Order all nodes to begin a generation; the port at which its ranks meet.
 
-        TrainingError if they are not all there in time.
+        None if the run is to stop before they are all there; TrainingError if they are not in time.
         """
         deadline = time.monotonic() + JOIN_SECONDS
         while not self._are_all_here():
+            if is_stopping():
+                return None
             if time.monotonic() > deadline:
                 raise TrainingError(
                     f"{len(self._followers) + 1} of {self._place.n_nodes} nodes are there after"

@@ -81,6 +81,7 @@ class Supervisor:
         self._control: Control | None = None
         self._request: StopRequest | None = None
         self._signals = SignalWatch(self.request_stop)
+        self._first = 0
 
     def request_stop(self, request: StopRequest) -> None:
         """Let the ranks save and end; called from signal handlers and notice pollers."""
@@ -91,8 +92,8 @@ class Supervisor:
     def run(self) -> Outcome:
         """The outcome of the last generation; raises TrainingError when restarts are used up."""
         self._signals.install()
-        failures, first = 0, self._newest_step()
-        stored = first
+        self._first = self._newest_step()
+        failures, stored = 0, self._first
         while True:
             with tempfile.TemporaryDirectory(prefix="casallm-") as directory:
                 self._control = Control(Path(directory))
@@ -108,7 +109,7 @@ class Supervisor:
             stored = max(newest, stored)
             if self._request:
                 return Outcome("stopped", stored, f"{self._request.reason}, while ranks had failed")
-            if failures > MAX_RESTARTS and stored > first:
+            if failures > MAX_RESTARTS and stored > self._first:
                 return Outcome("stopped", stored, f"ranks failed {failures} times: {words}")
             if failures > MAX_RESTARTS:
                 raise TrainingError(f"ranks failed {failures} times in a row; the last: {words}")
@@ -116,7 +117,9 @@ class Supervisor:
 
     def _run_generation(self, generation: Generation, control: Control) -> Outcome | None:
         """How the ranks ended, or None if they died or hung and may be started again."""
-        port = self._leader.start(generation.spec) if self._leader else None
+        port = self._gather(self._leader, generation.spec) if self._leader else None
+        if isinstance(port, Outcome):
+            return port
         process = start_torchrun(generation, control, port)
         try:
             self._watch(process, generation, control)
@@ -128,6 +131,17 @@ class Supervisor:
         if outcome is None and self._signals.is_impatient:
             return Outcome("failed", self._newest_step(), "stopped at once, without a save")
         return outcome
+
+    def _gather(self, leader: Leader, spec: Spec) -> int | Outcome:
+        """The port at which the ranks of all nodes meet, or the end of a run that lacks a node."""
+        stored = self._newest_step()
+        try:
+            port = leader.start(spec, lambda: self._request is not None)
+        except TrainingError as error:
+            if stored <= self._first:
+                raise
+            return Outcome("stopped", stored, str(error))
+        return port or Outcome("stopped", stored, "stopped before all nodes were there")
 
     def _watch(
         self, process: "subprocess.Popen[bytes]", generation: Generation, control: Control

@@ -5,9 +5,10 @@ from dataclasses import asdict
 
 import pytest
 
-from casallm.train import supervisor
-from casallm.train.control import Control, Outcome
-from casallm.train.nodes import Place
+from casallm.errors import TrainingError
+from casallm.train import nodes, supervisor
+from casallm.train.control import Control, Outcome, StopRequest
+from casallm.train.nodes import Leader, Place
 from casallm.train.preemption import METADATA, watch_notices
 from casallm.train.supervisor import Generation, Supervisor, follow, last_words
 from tests.train.metadata_server import metadata_server
@@ -106,3 +107,42 @@ def test_a_node_that_follows_heeds_the_notice_of_its_own_machine(ranks, monkeypa
 
     assert (code, [request.reason for request in requests]) == (75, ["AWS spot notice"])
     assert 100 < requests[0].seconds_left <= 120
+
+
+def gather(leader, *, steps=(0, 0), request=None) -> Outcome:
+    """How a run ends whose nodes do not all come: stored steps at its start and by now."""
+    stored = iter(steps)
+    ours = Supervisor(lambda: HUNG, lambda: next(stored), leader)
+    if request:
+        ours.request_stop(request)
+    ours._signals.install = lambda: None
+    return ours.run()
+
+
+@pytest.fixture
+def lonely(monkeypatch):
+    """Node 0 of two, of which the other never comes."""
+    monkeypatch.setattr(nodes, "JOIN_SECONDS", 0.2)
+    leader = Leader(Place(n_nodes=2, port=0), "runs/x")
+    yield leader
+    leader.dismiss(1)
+
+
+def test_a_stop_is_heard_while_a_node_is_missing(lonely, monkeypatch):
+    monkeypatch.setattr(nodes, "JOIN_SECONDS", 60)
+
+    outcome = gather(lonely, steps=(8, 8), request=StopRequest("SIGTERM"))
+
+    assert outcome == Outcome("stopped", 8, "stopped before all nodes were there")
+
+
+def test_a_node_that_is_lost_for_good_lets_the_run_be_started_again(lonely):
+    outcome = gather(lonely, steps=(8, 12))
+
+    assert (outcome.kind, outcome.step) == ("stopped", 12)
+    assert outcome.reason.startswith("1 of 2 nodes are there after 0 minutes")
+
+
+def test_a_node_that_never_came_is_the_matter_of_a_person(lonely):
+    with pytest.raises(TrainingError, match=r"^1 of 2 nodes are there after"):
+        gather(lonely, steps=(8, 8))
