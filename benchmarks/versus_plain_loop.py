@@ -38,6 +38,7 @@ def main(steps: int) -> None:
     torch.set_num_threads(2)
     settings = load_preset("tiny")
     settings["train"] |= {"steps": steps, "precision": "bf16", "compile": "on"}
+    settings["optim"]["name"] = "adamw"
     config = build(RunConfig, settings)
     dataset = prepare_dataset(config)
     with tempfile.TemporaryDirectory() as folder:

@@ -213,14 +213,18 @@ def _pinned(config: RunConfig) -> BaseConfig:
 
 
 def _defaults(base: RunConfig, machine: Machine) -> Tree:
-    """The settings that follow from those of the run that is started from."""
+    """The settings that follow from those of the run that is started from.
+
+    AdamW, whatever the base was trained with: on batches so small a step of Muon costs nearly half
+    as much as the gradient.
+    """
     lr = base.optim.lr * (LR_FRACTION if base.stage == "pretrain" else 1)
     tree = to_tree(base)
     return {
         "stage": "sft",
         "model": tree["model"],
         "tokenizer": tree["tokenizer"],
-        "optim": {**tree["optim"], "lr": float(f"{lr:.3g}")},
+        "optim": {**tree["optim"], "name": "adamw", "lr": float(f"{lr:.3g}")},
         "schedule": {"name": "cosine", "warmup_fraction": 0.03},
         "train": {
             "steps": 1,

@@ -90,7 +90,7 @@ def test_settings_follow_from_the_run_that_is_started_from(folder: Path):
     config, material = settle(request())
 
     assert (config.stage, config.model) == ("sft", base.model)
-    assert config.optim == base.optim.model_copy(update={"lr": 2e-4})
+    assert config.optim == base.optim.model_copy(update={"lr": 2e-4, "name": "adamw"})
     assert (config.schedule.name, config.schedule.warmup_fraction) == ("cosine", 0.03)
     assert config.train.context_length == base.train.context_length
     assert config.train.global_batch_size == base.train.global_batch_size // 4
