@@ -149,7 +149,10 @@ def _read_parquet(piece: Piece, text_column: str) -> Iterator[tuple[Any, str]]:
         batch_size = min(max(1, _BATCH_BYTES // bytes_per_row), 4096)
         row = 0
         try:
-            for batch in file.iter_batches(batch_size, row_groups=[group], columns=[text_column]):
+            batches = file.iter_batches(
+                batch_size, row_groups=[group], columns=[text_column], use_threads=False
+            )
+            for batch in batches:
                 for text in batch.column(0).to_pylist():
                     yield text, f"{piece.path}, row {row} of row group {group}"
                     row += 1
