@@ -28,8 +28,8 @@ CONTROLLER = "sky-jobs-controller-"
 """How SkyPilot names the machine that watches managed jobs."""
 
 POLL_SECONDS = 2.0
-CALL_SECONDS = 120.0
-"""For anything but a launch or an end."""
+CALL_SECONDS = 300.0
+"""For anything but a launch or an end; a busy server takes minutes over what it does in one."""
 
 DOWN_SECONDS = 600.0
 SUBMIT_SECONDS = 1200.0
@@ -53,8 +53,8 @@ _LIVE_JOB = (
 class Standing:
     """What SkyPilot has running, or had, under one name."""
 
-    kind: Literal["job", "cluster", "none"] = "none"
-    """A managed job (spot) or a cluster (on demand)."""
+    kind: Literal["job", "cluster", "none", "unknown"] = "none"
+    """A managed job (spot), a cluster (on demand), neither, or SkyPilot did not say."""
     status: str = ""
     """SkyPilot's own word: RUNNING, RECOVERING, UP, INIT …"""
     job_id: int | None = None

@@ -153,9 +153,7 @@ def follow(plan: Plan) -> Ending:
         if progress.finished is not None:
             return Ending(True, progress.finished)
         if time.monotonic() - asked > ASK_SECONDS:
-            current = cluster.standing(plan.name)
-            is_cluster = current.kind == "cluster"
-            job = cluster.cluster_job_status(plan.name) if is_cluster else current.status
+            current, job = _ask(plan.name, current, job)
             asked = time.monotonic()
         if (words := _words(current, job, progress)) != said:
             log.info("%s", words)
@@ -170,6 +168,17 @@ def follow(plan: Plan) -> Ending:
         if job.startswith(OVER) or is_unknown:
             return _ended(_progress(url), job, current)
         time.sleep(FOLLOW_SECONDS)
+
+
+def _ask(name: str, current: cluster.Standing, job: str) -> tuple[cluster.Standing, str]:
+    """What stands under the name and its job's state; as before where SkyPilot does not say."""
+    try:
+        current = cluster.standing(name)
+        is_cluster = current.kind == "cluster"
+        return current, cluster.cluster_job_status(name) if is_cluster else current.status
+    except CloudError as error:
+        log.warning("%s", error)
+        return cluster.Standing("unknown") if current.kind == "none" else current, job
 
 
 def bring_home(run_url: str, folder: Path) -> list[Path]:

@@ -1,8 +1,10 @@
 import pytest
 
+from casallm.errors import CloudError
 from casallm.storage.store import open_store
 from launch import cluster, up
-from launch.up import bring_home, launch_plan, prepare_task, three_commands, train_task
+from launch.progress import RunProgress
+from launch.up import bring_home, follow, launch_plan, prepare_task, three_commands, train_task
 
 KEYS = {
     "WANDB_API_KEY": "w",
@@ -111,6 +113,25 @@ def test_a_cluster_whose_job_has_ended_gets_another(skypilot, plan_of, monkeypat
     launch_plan(plan, {})
 
     assert begun == ([plan.name] if begins else [])
+
+
+def test_a_server_that_does_not_answer_is_no_reason_to_stop_following(plan_of, monkeypatch):
+    answers = iter([CloudError("slow"), cluster.Standing(kind="job", status="FAILED")])
+
+    def standing(name):
+        answer = next(answers)
+        if isinstance(answer, CloudError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cluster, "standing", standing)
+    monkeypatch.setattr(up, "read_progress", lambda run: RunProgress(run.url))
+    monkeypatch.setattr(up, "FOLLOW_SECONDS", 0)
+    monkeypatch.setattr(up, "ASK_SECONDS", 0)
+
+    ending = follow(plan_of(run="s3://ours/x"))
+
+    assert ending.reason == "the job ended (FAILED): it never began"
 
 
 def test_several_nodes_ask_for_the_fast_network(plan_of):
