@@ -105,13 +105,18 @@ class SimulatedCloud:
             self._spawn([sys.executable, str(HERE / "nodes.py"), "serve"], {})
 
     def stop(self) -> None:
-        """End everything that was started, SkyPilot's servers included."""
+        """End everything that was started, SkyPilot's servers and their workers included."""
+        sessions = {_session(pid) for pid in self.processes()} - {_session(os.getpid()), 0}
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.sky("api", "stop", timeout=60, check=False)
         for process in reversed(self._processes):
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
+        for pid, _ in _environments():  # a worker renames itself and loses the mark
+            with contextlib.suppress(ProcessLookupError):
+                if _session(pid) in sessions:
+                    os.kill(pid, signal.SIGKILL)
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -256,6 +261,14 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def _session(pid: int) -> int:
+    """The session that the process belongs to; 0 if it is gone."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def _environments() -> Iterator[tuple[int, bytes]]:
