@@ -1,7 +1,8 @@
 """An HTTP proxy that makes a network misbehave on request.
 
 It forwards to a real S3 server with the Host header kept (signatures cover it), and asks `decide`
-what to do with each request. Faults:
+what to do with each request. Conditional writes are forwarded one at a time: S3 decides them at
+once, moto looks first and writes then, and a busy machine lets two pass in between. Faults:
 
     503, 403      the server is not asked; the answer is SlowDown, or ExpiredToken
     reset         the connection is reset; the server is not asked
@@ -13,6 +14,7 @@ what to do with each request. Faults:
     slow          the answer comes after a second
 """
 
+import contextlib
 import http.client
 import random
 import socket
@@ -41,6 +43,7 @@ class FaultProxy:
         """Method, path and fault of every request so far."""
         self.stopped = threading.Event()
         self.random = random.Random(seed)
+        self.conditional = threading.Lock()
         self.upstream = urlsplit(upstream).netloc
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
@@ -111,15 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self, body: bytes, fault: str | None) -> None:
         proxy = self.server.proxy
-        connection = http.client.HTTPConnection(proxy.upstream, timeout=60)
-        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in self.headers.items():
-            if name.lower() not in ("expect", "connection"):
-                connection.putheader(name, value)
-        connection.endheaders(body)
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
+        is_conditional = self.headers.get("If-None-Match") is not None
+        with proxy.conditional if is_conditional else contextlib.nullcontext():
+            answer, content = self._ask(body)
         if fault == "lost_ack":
             self._reset()
             return
@@ -128,6 +125,18 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "flip" and content:
             content = _flipped(content, proxy.random)
         self._answer(answer, content, len(content) // 2 if fault == "truncate" else None)
+
+    def _ask(self, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)
+        connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+        for name, value in self.headers.items():
+            if name.lower() not in ("expect", "connection"):
+                connection.putheader(name, value)
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        return answer, content
 
     def _answer(self, answer: http.client.HTTPResponse, content: bytes, cut: int | None) -> None:
         self.send_response_only(answer.status, answer.reason)

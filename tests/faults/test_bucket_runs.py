@@ -335,7 +335,7 @@ def test_of_sixteen_starts_in_a_bucket_one_leads(s3: Bucket, memory_path: Path):
     """Scenario 24."""
     Session(s3.direct(), memory_path / "first").train()
     together = threading.Barrier(16)
-    bucket = S3Bucket(s3.name, endpoint_url=s3.direct_url)
+    bucket = S3Bucket(s3.name, endpoint_url=s3.proxy.url)
 
     class Simultaneous(RemoteStore):
         def create(self, name: str, data: bytes) -> None:

@@ -137,7 +137,7 @@ def test_damage_at_rest_is_told_from_damage_on_the_way(s3: Bucket, tmp_path: Pat
 
 
 def test_creating_has_one_winner_of_sixteen(s3: Bucket):
-    stores = [s3.direct() for _ in range(16)]
+    stores = [s3.store() for _ in range(16)]
 
     def create(number: int) -> bool:
         try:

@@ -81,6 +81,7 @@ def test_stopped_again_and_again_a_run_ends_with_the_weights_of_the_calm_one(cal
     assert [line["loss"] for line in run.metrics()] == [line["loss"] for line in calm.metrics()]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_older_one_used(calm, documents):
     run = RealRun(documents, "damaged", ranks=1)
     shutil.copytree(calm.directory, run.directory)

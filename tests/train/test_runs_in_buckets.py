@@ -1,4 +1,7 @@
-"""Real runs whose directory is a bucket: lost machines, bad networks, zombies and notices."""
+"""Real runs whose directory is a bucket: lost machines, bad networks, zombies and notices.
+
+The same in one process, in seconds: tests/faults/test_bucket_runs.py.
+"""
 
 import contextlib
 import json
@@ -31,6 +34,7 @@ def run_in(s3: Bucket, documents: Path, home: Path, *, ranks: int = 3, **more: s
     )
 
 
+@pytest.mark.slow
 def test_a_lost_machine_and_a_bad_network_cost_no_bit(calm, documents, s3, tmp_path):
     run = run_in(s3, documents, tmp_path / "first")
     run.start().wait_for_step(10)
@@ -50,6 +54,7 @@ def test_a_lost_machine_and_a_bad_network_cost_no_bit(calm, documents, s3, tmp_p
     assert s3.open_uploads() == []
 
 
+@pytest.mark.slow
 def test_a_zombie_is_fenced_and_history_stays_linear(documents, s3, tmp_path):
     zombie = run_in(s3, documents, tmp_path / "zombie", ranks=1)
     zombie.start().wait_for_step(6)

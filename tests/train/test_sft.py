@@ -313,6 +313,7 @@ def tuning(workshop: Path, name: str) -> RealRun:
     return RealRun(workshop / "recipe.yaml", name, ranks=1, command=command)
 
 
+@pytest.mark.slow
 def test_killed_in_the_second_epoch_a_run_ends_with_the_weights_of_the_calm_one(tuned, workshop):
     n_steps = tuned.metrics()[-1]["step"]
     killed = tuning(workshop, "killed-sft")
