@@ -53,8 +53,8 @@ def _attend_backward(
     log_sums: Tensor,
     document_ids: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value."""
-    gradients = (q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape))
+    """The gradients of query, key and value, which have one shape."""
+    gradients = _like_gradients(gradient, q)
     for row, run in _runs(document_ids):
         parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(each[row, :, run] for each in (gradient, q, k, v, outputs, log_sums)), 0.0, True
@@ -65,15 +65,7 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _like_gradients(
-    gradient: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    outputs: Tensor,
-    log_sums: Tensor,
-    document_ids: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _like_gradients(gradient: Tensor, q: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 

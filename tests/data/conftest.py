@@ -4,6 +4,7 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,18 @@ def files_of(directory: Path) -> dict[str, bytes]:
         for path in sorted(directory.rglob("*"))
         if path.is_file()
     }
+
+
+def interrupt_after(n_calls: int) -> Callable[[object], None]:
+    """A listener that behaves as Ctrl-C after so many calls."""
+    calls = []
+
+    def listen(progress: object) -> None:
+        calls.append(progress)
+        if len(calls) > n_calls:
+            raise KeyboardInterrupt
+
+    return listen
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from casallm.data.prepare import Node, parse_node, prepare, prepare_share
 from casallm.data.shards import open_dataset, verify_dataset
 from casallm.data.sources import open_source
 from casallm.errors import ConfigError, DataError, StoreError
-from tests.data.conftest import files_of, make_texts, write_documents
+from tests.data.conftest import files_of, interrupt_after, make_texts, write_documents
 from tests.faults.fixtures import credentials, s3
 
 __all__ = ["credentials", "s3"]
@@ -50,17 +50,6 @@ def objects_of(bucket):
         ].read()
         for name in bucket.names()
     }
-
-
-def interrupt_after(n_calls):
-    calls = []
-
-    def listen(progress):
-        calls.append(progress)
-        if len(calls) > n_calls:
-            raise KeyboardInterrupt
-
-    return listen
 
 
 def test_a_bucket_gets_the_files_that_a_directory_gets(

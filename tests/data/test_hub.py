@@ -16,7 +16,7 @@ from casallm.data.prepare import prepare
 from casallm.data.sources import open_source
 from casallm.errors import DataError, StoreError
 from casallm.storage.retry import Patience
-from tests.data.conftest import files_of, make_texts, write_documents
+from tests.data.conftest import files_of, interrupt_after, make_texts, write_documents
 from tests.data.hub_server import (
     BAD_GATEWAY,
     COMMIT,
@@ -186,17 +186,6 @@ def test_the_files_of_a_stopped_preparation_may_have_a_newer_commit(hub, tmp_pat
 
     assert dataset.manifest == calm.manifest
     assert dataset.manifest.source["commit"] != "f" * 40
-
-
-def interrupt_after(n_calls):
-    calls = []
-
-    def listen(progress):
-        calls.append(progress)
-        if len(calls) > n_calls:
-            raise KeyboardInterrupt
-
-    return listen
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from casallm.data.tokenizer import (
 )
 from casallm.data.vocabulary import train_on_source
 from casallm.errors import DataError
-from tests.data.conftest import files_of, make_texts, write_documents
+from tests.data.conftest import files_of, interrupt_after, make_texts, write_documents
 
 
 def texts_of(dataset, split):
@@ -389,18 +389,6 @@ def test_finished_units_are_not_done_again(many_units, tmp_path):
     assert finished
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert files_of(tmp_path / "out") == files_of(tmp_path / "calm")
-
-
-def interrupt_after(n_calls):
-    """A listener that behaves as Ctrl-C after so many calls."""
-    calls = []
-
-    def listen(progress):
-        calls.append(progress)
-        if len(calls) > n_calls:
-            raise KeyboardInterrupt
-
-    return listen
 
 
 def test_a_finished_unit_whose_shard_was_cut_is_done_again(many_units, tmp_path):
