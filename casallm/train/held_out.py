@@ -14,17 +14,16 @@ import torch
 from casallm.config import Tree, canonical_json
 from casallm.errors import CheckpointError
 from casallm.storage.store import Store
-from casallm.train.checkpoint import newest_good
 from casallm.train.distributed import World
 from casallm.train.evaluation import validate
-from casallm.train.machine import this_machine
+from casallm.train.machine import Machine, this_machine
 from casallm.train.pretrain import PretrainRequest
 from casallm.train.rank import OPEN_FEED, micro_batch_size
 from casallm.train.run import RunConfig, changes_of, load_config
-from casallm.train.run_place import scratch_of
 from casallm.train.sft import SftRequest, chat_evaluation
 from casallm.train.stage import Request, Start
 from casallm.train.trained import Trained, load_trained
+from casallm.train.trainer import autocast
 
 NAME = "evaluation.json"
 """What the run keeps of it."""
@@ -35,38 +34,35 @@ def evaluate_run(run: Store) -> Tree:
 
     CheckpointError if the run has no checkpoint, or its data is not what it was trained with.
     """
+    machine = this_machine()
     stage = load_config(run)[0].stage
     start = Start(run=run.url)
     request: Request = SftRequest(start) if stage == "sft" else PretrainRequest(start)
-    config, material = request.settle(this_machine(), run)
+    config, material = request.settle(machine, run)
     changes = changes_of(run, config, material.identity)
     if changes:
         raise CheckpointError(
             f"{run.url} was trained with other data ({'; '.join(changes)}): evaluate it where that"
             " is, or restore it"
         )
-    checkpoint = newest_good(run, scratch_of(run))
-    trained = load_trained(run, checkpoint)
-    scores = {
-        "checkpoint": str(checkpoint.name) if checkpoint else None,
-        **_losses(config, material.directory, trained),
-    }
+    trained = load_trained(run)
+    losses = _losses(config, material.directory, machine, trained)
+    scores = {"checkpoint": str(trained.checkpoint), **losses}
     if stage == "sft":
         scores["chat"] = asdict(chat_evaluation(trained, config).scores)
     run.write(NAME, canonical_json(scores).encode())
     return scores
 
 
-def _losses(config: RunConfig, directory: Path, trained: Trained) -> Tree:
+def _losses(config: RunConfig, directory: Path, machine: Machine, trained: Trained) -> Tree:
     device = next(trained.model.parameters()).device
     world = World(0, 1, 0, device, None)
     feed = OPEN_FEED[config.stage](
-        directory, config, world, micro_batch_size(config, this_machine(), world)
+        directory, config, world, micro_batch_size(config, machine, world)
     )
     token_bytes_V = torch.from_numpy(feed.tokenizer.token_bytes()).to(device)
     every = sys.maxsize
-    is_bf16 = config.train.precision == "bf16"
-    with closing(feed.loader), torch.autocast(device.type, torch.bfloat16, enabled=is_bf16):
+    with closing(feed.loader), autocast(config, device):
         whole = validate(world, trained.model, feed.loader.validation(every), token_bytes_V)
         by_source = {
             name: validate(world, trained.model, batches(every), token_bytes_V)

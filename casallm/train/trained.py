@@ -15,6 +15,7 @@ from casallm.inference.engine import Engine
 from casallm.inference.sampling import SamplingConfig
 from casallm.model.gpt import GPT, build_gpt
 from casallm.storage.store import Store
+from casallm.train.attempts import CheckpointName
 from casallm.train.checkpoint import Checkpoint, load_tensors, newest_good
 from casallm.train.run import load_config
 from casallm.train.run_place import scratch_of
@@ -27,6 +28,7 @@ MAX_SLOTS = 32
 class Trained:
     """A model as its newest good checkpoint has it, and the vocabulary it speaks."""
 
+    checkpoint: CheckpointName
     model: GPT
     tokenizer: Tokenizer
     context_length: int
@@ -46,7 +48,8 @@ def load_trained(run: Store, checkpoint: Checkpoint | None = None) -> Trained:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = build_gpt(config.model, config.train.context_length, seed=None, device=device)
     load_tensors(checkpoint, "model", {name: p.data for name, p in model.named_parameters()})
-    return Trained(model.eval(), run_tokenizer(run), config.train.context_length)
+    tokenizer = run_tokenizer(run)
+    return Trained(checkpoint.name, model.eval(), tokenizer, config.train.context_length)
 
 
 def continue_prompts(

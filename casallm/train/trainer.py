@@ -270,8 +270,7 @@ class Trainer:
         return contextlib.nullcontext()
 
     def _autocast(self) -> torch.autocast:
-        is_on = self.config.train.precision == "bf16"
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=is_on)
+        return autocast(self.config, self.world.device)
 
     def _lr_fraction(self, step: int) -> float:
         return lr_fraction(step, self.config.train.steps, self.config.schedule, self._early)
@@ -375,6 +374,11 @@ class Trainer:
         begin = time.monotonic()
         yield
         self._window_start += time.monotonic() - begin
+
+
+def autocast(config: RunConfig, device: torch.device) -> torch.autocast:
+    """The precision of the run's matrix products on `device`, as a context."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
 def _stop_of_another_node() -> StopRequest:
