@@ -80,7 +80,7 @@ def test_a_zombie_is_fenced_and_history_stays_linear(documents, s3, tmp_path):
 
 @pytest.mark.parametrize(
     "notice",
-    ["aws", *(pytest.param(other, marks=pytest.mark.slow) for other in ("gcp", "SIGTERM"))],
+    ["aws", "gcp", pytest.param("SIGTERM", marks=pytest.mark.slow)],
 )
 def test_with_notice_the_run_is_saved_and_asks_to_be_run_again(documents, s3, tmp_path, notice):
     with metadata_server() as metadata:
