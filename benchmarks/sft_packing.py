@@ -107,7 +107,7 @@ def packed(mixture: Mixture) -> Iterator[Batch]:
             # padding is marked, for Way.fill; the model sees id 0 there
             is_padding = batch.inputs_BT == mixture.pad_id
             inputs = torch.where(is_padding, -1, batch.inputs_BT)
-            positions, documents = batch.positions_BT, batch.document_ids_BT
+            positions, documents = batch.positions_BT, batch.document_offsets
             yield Batch(inputs, batch.targets_BT, positions, documents, batch.n_targets_global)
     loader.close()
 
@@ -178,7 +178,7 @@ def step(loss: TrainingLoss, batch: Batch) -> None:
     """Forward and backward, as the trainer does them on a CPU."""
     inputs = batch.inputs_BT.clamp(min=0)
     with torch.autocast("cpu", torch.bfloat16):
-        total = loss(inputs, batch.targets_BT, batch.positions_BT, batch.document_ids_BT)
+        total = loss(inputs, batch.targets_BT, batch.positions_BT, batch.document_offsets)
     (total / max(1, batch.n_targets_global)).backward()
 
 

@@ -32,8 +32,9 @@ class Batch:
     """int64: the id that follows each input, or IGNORED."""
     positions_BT: torch.Tensor | None
     """Positions inside a document, where rows are packed; None: 0 to T - 1."""
-    document_ids_BT: torch.Tensor | None
-    """Which document a position belongs to, where rows are packed; None: all one."""
+    document_offsets: torch.Tensor | None
+    """int32: where each document begins in the flattened rows, and B * T to the end of the tensor;
+    None: each row is one."""
     n_targets_global: int
     """Targets that count, of the whole global batch on all ranks."""
 
@@ -135,7 +136,7 @@ class PretrainLoader:
             inputs_BT=tokens_BT[:, :-1].clamp(min=0),
             targets_BT=tokens_BT[:, 1:].contiguous(),
             positions_BT=None,
-            document_ids_BT=None,
+            document_offsets=None,
             n_targets_global=n_targets_global,
         )
 

@@ -7,8 +7,8 @@ stand in its places, and the order of the rows. Every epoch therefore sees each 
 exactly once, and any row of any epoch is computed on its own: the state of the loader is one
 integer. Behind the last epoch there are empty rows, with which the last step is filled up.
 
-In a row each conversation starts at position 0 and has a document id of its own, as has the
-padding behind the last one; a model masks by them, so nothing leaks. The last token of a
+In a row each conversation starts at position 0 and is a document of its own, as is the padding
+behind the last one; attention stays within documents, so nothing leaks. The last token of a
 conversation is a target only. Shapes: B rows of a micro-batch, T positions.
 """
 
@@ -36,6 +36,7 @@ class Packing:
         rows = pack_best_fit(lengths, capacity)
         self.n_rows = len(rows)
         self.fill_fraction = sum(lengths) / max(1, self.n_rows * capacity)
+        self.most_in_row = max(map(len, rows), default=0)
         self._ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
         slots = np.array([each for row in rows for each in row], dtype=np.int64)
         self._slots_by_length = np.argsort(self._lengths[slots], kind="stable")
@@ -77,12 +78,12 @@ def pack_best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The tensors of one micro-batch; each is BT, int64."""
+    """The tensors of one micro-batch: int64 (BT), and the offsets of its documents, int32."""
 
     inputs: torch.Tensor
     targets: torch.Tensor
     positions: torch.Tensor
-    document_ids: torch.Tensor
+    document_offsets: torch.Tensor
 
 
 class SftLoader:
@@ -167,24 +168,35 @@ class SftLoader:
 
     def _build(self, rows: list[list[Sample]]) -> PackedRows:
         """The tensors of a micro-batch; rows that are missing hold padding alone."""
-        shape = (4, self._micro_batch_size, self._width)
+        shape = (3, self._micro_batch_size, self._width)
         values = np.zeros(shape, dtype=np.int64)
-        inputs, targets, positions, document_ids = values
+        inputs, targets, positions = values
         inputs[:], targets[:], positions[:] = self._mixture.pad_id, IGNORED, np.arange(self._width)
+        starts = set(range(0, inputs.size, self._width))
         for b, row in enumerate(rows):
             start = 0
-            for document, sample in enumerate(row):
+            for sample in row:
                 stop = start + len(sample.ids) - 1
                 ids = sample.ids.astype(np.int64)
                 inputs[b, start:stop] = ids[:-1]
                 targets[b, start:stop] = np.where(sample.is_target[1:], ids[1:], IGNORED)
                 positions[b, start:stop] = np.arange(stop - start)
-                document_ids[b, start:stop] = document
+                starts.add(b * self._width + stop)
                 start = stop
             positions[b, start:] = np.arange(self._width - start)
-            document_ids[b, start:] = len(row)
-        tensors = torch.from_numpy(values)
-        return PackedRows(*(tensors.pin_memory() if self._device.type == "cuda" else tensors))
+        tensors = [*torch.from_numpy(values), self._offsets(starts)]
+        if self._device.type == "cuda":
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        return PackedRows(*tensors)
+
+    def _offsets(self, starts: set[int]) -> torch.Tensor:
+        """`starts` and the end, as many for every batch: a compiled model sees one shape."""
+        most = self._micro_batch_size * (1 + self._packing.most_in_row) + 1
+        offsets = np.full(
+            max(most, len(starts) + 1), self._micro_batch_size * self._width, dtype=np.int32
+        )
+        offsets[: len(starts)] = sorted(starts)
+        return torch.from_numpy(offsets)
 
     def _to_batch(self, rows: PackedRows, n_targets_global: int) -> Batch:
         def to_device(tensor: torch.Tensor) -> torch.Tensor:
@@ -194,7 +206,7 @@ class SftLoader:
             inputs_BT=to_device(rows.inputs),
             targets_BT=to_device(rows.targets),
             positions_BT=to_device(rows.positions),
-            document_ids_BT=to_device(rows.document_ids),
+            document_offsets=to_device(rows.document_offsets),
             n_targets_global=n_targets_global,
         )
 

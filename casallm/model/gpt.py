@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casallm.estimate.architecture import ModelConfig
-from casallm.model.documents import attend_within_documents
+from casallm.model.documents import attend_within_documents, document_mask
 from casallm.model.kv_cache import CacheRows
 
 ROPE_THETA = 10_000.0
@@ -64,33 +64,33 @@ class GPT(nn.Module):
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
-        document_ids_BT: Tensor | None = None,
+        document_offsets: Tensor | None = None,
         cache: CacheRows | None = None,
     ) -> Tensor:
         """Logits over the padded vocabulary (BTV) for the token after each position.
 
-        Positions count from 0 unless given. With `document_ids_BT` a token sees only the run of
-        its own id in its row. Rows padded on the right need neither: the future is never seen.
+        Positions count from 0 unless given. With `document_offsets` (see `documents`) a token sees
+        only its own document. Rows padded on the right need neither: the future is never seen.
         """
-        return self.logits(self.hidden(tokens_BT, positions_BT, document_ids_BT, cache))
+        return self.logits(self.hidden(tokens_BT, positions_BT, document_offsets, cache))
 
     def hidden(
         self,
         tokens_BT: Tensor,
         positions_BT: Tensor | None = None,
-        document_ids_BT: Tensor | None = None,
+        document_offsets: Tensor | None = None,
         cache: CacheRows | None = None,
     ) -> Tensor:
         """The normalised residual stream (BTD) behind the last block."""
         mask = None
-        if document_ids_BT is not None and not tokens_BT.is_cpu:
-            mask, document_ids_BT = _document_mask(document_ids_BT), None
+        x_BTD = _to_compute_type(self.embedding(tokens_BT))
+        if document_offsets is not None and not x_BTD.is_cpu and x_BTD.dtype == torch.float32:
+            mask, document_offsets = document_mask(document_offsets, *tokens_BT.shape), None
         if cache is not None:
             positions_BT, mask = cache.positions_BT, cache.mask_B1TS
         assert tokens_BT.shape[1] <= self.context_length
         cos, sin = self._rotations(positions_BT, tokens_BT.shape[1])
-        lookup = Lookup(cos, sin, mask, cache, document_ids_BT)
-        x_BTD = _to_compute_type(self.embedding(tokens_BT))
+        lookup = Lookup(cos, sin, mask, cache, document_offsets)
         for block in self.blocks:
             x_BTD = block(x_BTD, lookup)
         if cache is not None:
@@ -168,8 +168,8 @@ class Lookup(NamedTuple):
     mask: Tensor | None
     """True where a query may look (B1TS); None: the causal flag alone."""
     cache: CacheRows | None
-    document_ids_BT: Tensor | None = None
-    """On a CPU, instead of a mask: each run of one id attends to itself."""
+    document_offsets: Tensor | None = None
+    """Where documents begin, each of which attends to itself: instead of a mask."""
 
 
 class Block(nn.Module):
@@ -218,8 +218,8 @@ class Attention(nn.Module):
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
     def _attend(self, q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, lookup: Lookup) -> Tensor:
-        if lookup.document_ids_BT is not None:
-            return attend_within_documents(q_BHTK, k_BHTK, v_BHTK, lookup.document_ids_BT)
+        if lookup.document_offsets is not None:
+            return attend_within_documents(q_BHTK, k_BHTK, v_BHTK, lookup.document_offsets)
         return F.scaled_dot_product_attention(
             q_BHTK,
             k_BHTK,
@@ -311,16 +311,6 @@ def _norm(config: ModelConfig) -> LayerNorm | RMSNorm:
     make: Callable[[int], LayerNorm | RMSNorm]
     make = LayerNorm if config.family == "classic" else RMSNorm
     return make(config.d_model)
-
-
-def _document_mask(document_ids_BT: Tensor) -> Tensor:
-    """True where the key is of the query's document and not after it (B1TS)."""
-    n_tokens = document_ids_BT.shape[1]
-    causal_TS = torch.ones(
-        n_tokens, n_tokens, dtype=torch.bool, device=document_ids_BT.device
-    ).tril()
-    same_BTS = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    return (same_BTS & causal_TS)[:, None]
 
 
 def _to_compute_type(x: Tensor) -> Tensor:

@@ -31,10 +31,10 @@ class TrainingLoss(nn.Module):
         inputs_BT: Tensor,
         targets_BT: Tensor,
         positions_BT: Tensor | None = None,
-        document_ids_BT: Tensor | None = None,
+        document_offsets: Tensor | None = None,
     ) -> Tensor:
         """The sum of the negative log-likelihoods of the targets that are not ignored, in fp32."""
-        hidden_BTD = self.model.hidden(inputs_BT, positions_BT, document_ids_BT)
+        hidden_BTD = self.model.hidden(inputs_BT, positions_BT, document_offsets)
         return _cross_entropy(self.model, hidden_BTD, targets_BT, reduction="sum")
 
 
@@ -43,14 +43,14 @@ def token_losses(
     inputs_BT: Tensor,
     targets_BT: Tensor,
     positions_BT: Tensor | None = None,
-    document_ids_BT: Tensor | None = None,
+    document_offsets: Tensor | None = None,
 ) -> Tensor:
     """Each target's negative log-likelihood in fp32 (BT), zero where the target is ignored.
 
     The head takes one sequence at a time: without compilation the scores of a whole batch, with
     their fp32 copies, would need more memory than training does.
     """
-    hidden_BTD = model.hidden(inputs_BT, positions_BT, document_ids_BT)
+    hidden_BTD = model.hidden(inputs_BT, positions_BT, document_offsets)
     rows = zip(hidden_BTD, targets_BT, strict=True)
     return torch.stack(
         [_cross_entropy(model, hidden, targets, reduction="none") for hidden, targets in rows]

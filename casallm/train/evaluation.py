@@ -50,7 +50,7 @@ def validate(
     totals = torch.zeros(4, dtype=torch.float64, device=world.device)
     for batch in batches:
         losses_BT = token_losses(
-            model, batch.inputs_BT, batch.targets_BT, batch.positions_BT, batch.document_ids_BT
+            model, batch.inputs_BT, batch.targets_BT, batch.positions_BT, batch.document_offsets
         )
         is_target_BT = batch.targets_BT >= 0
         bytes_BT = token_bytes_V[batch.targets_BT.clamp(min=0)] * is_target_BT

@@ -387,7 +387,7 @@ def _stop_of_another_node() -> StopRequest:
 
 
 def _inputs(batch: Batch) -> tuple[torch.Tensor | None, ...]:
-    return batch.inputs_BT, batch.targets_BT, batch.positions_BT, batch.document_ids_BT
+    return batch.inputs_BT, batch.targets_BT, batch.positions_BT, batch.document_offsets
 
 
 def _mark_last(batches: Iterator[Batch]) -> Iterator[tuple[Batch, bool]]:

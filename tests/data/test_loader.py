@@ -75,7 +75,7 @@ def test_batches_have_the_promised_shapes(open_loader):
         assert batch.inputs_BT.min() >= 0
         assert batch.n_targets_global == 10 * T
         assert batch.positions_BT is None
-        assert batch.document_ids_BT is None
+        assert batch.document_offsets is None
 
 
 def test_one_and_three_ranks_consume_the_same_sequences_in_the_same_order(open_loader):

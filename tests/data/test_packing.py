@@ -59,16 +59,12 @@ def documents(batches):
     """The (inputs, targets) of every packed conversation with a target, in order."""
     found = []
     for batch in batches:
-        for row in range(len(batch.inputs_BT)):
-            ids = batch.document_ids_BT[row].tolist()
-            start = 0
-            for _, group in itertools.groupby(ids):
-                stop = start + len(list(group))
-                inputs = batch.inputs_BT[row, start:stop].tolist()
-                targets = batch.targets_BT[row, start:stop].tolist()
-                if any(target >= 0 for target in targets):
-                    found.append((tuple(inputs), tuple(targets)))
-                start = stop
+        inputs, targets = batch.inputs_BT.flatten(), batch.targets_BT.flatten()
+        for start, stop in itertools.pairwise(batch.document_offsets.tolist()):
+            if (targets[start:stop] >= 0).any():
+                found.append(
+                    (tuple(inputs[start:stop].tolist()), tuple(targets[start:stop].tolist()))
+                )
     return found
 
 
@@ -202,15 +198,24 @@ def test_positions_restart_and_padding_is_a_document_of_its_own():
     loader = make_loader(make_mixture())
 
     for batch in all_batches(loader):
-        for row in range(len(batch.inputs_BT)):
-            ids = batch.document_ids_BT[row].tolist()
-            counted = [
-                place for _, group in itertools.groupby(ids) for place, _ in enumerate(group)
-            ]
-            assert batch.positions_BT[row].tolist() == counted
-            is_padding = batch.inputs_BT[row] == PAD
-            assert (batch.targets_BT[row][is_padding] == -1).all()
-            assert len(batch.document_ids_BT[row][is_padding].unique()) <= 1
+        offsets = batch.document_offsets.tolist()
+        counted = [
+            place for start, stop in itertools.pairwise(offsets) for place in range(stop - start)
+        ]
+        assert batch.positions_BT.flatten().tolist() == counted
+        assert set(range(0, batch.inputs_BT.numel(), WIDTH)) <= set(offsets)
+        is_padding = batch.inputs_BT == PAD
+        assert (batch.targets_BT[is_padding] == -1).all()
+        is_padding = is_padding.flatten().tolist()
+        for start, stop in itertools.pairwise(offsets):
+            assert len(set(is_padding[start:stop])) <= 1
+    loader.close()
+
+
+def test_every_batch_has_as_many_offsets_so_that_a_model_is_compiled_once():
+    loader = make_loader(make_mixture())
+
+    assert len({len(batch.document_offsets) for batch in all_batches(loader)}) == 1
     loader.close()
 
 
@@ -228,19 +233,19 @@ def model():
 
 def test_logits_of_a_packed_conversation_equal_those_alone(model):
     mixture = make_mixture(12)
-    by_inputs = {expected(sample)[0]: sample for sample in mixture.train}
+    by_inputs, seen = {expected(sample)[0] for sample in mixture.train}, set()
     loader = make_loader(mixture, epochs=1)
 
     for batch in all_batches(loader):
-        packed = model(batch.inputs_BT, batch.positions_BT, batch.document_ids_BT)
-        for row in range(len(batch.inputs_BT)):
-            for document in batch.document_ids_BT[row].unique():
-                is_own = batch.document_ids_BT[row] == document
-                inputs = batch.inputs_BT[row][is_own]
-                if tuple(inputs.tolist()) in by_inputs:
-                    alone = model(inputs[None])[0]
-                    # fp32 sums in another order
-                    torch.testing.assert_close(packed[row][is_own], alone, atol=2e-5, rtol=1e-4)
+        packed = model(batch.inputs_BT, batch.positions_BT, batch.document_offsets).flatten(0, 1)
+        for start, stop in itertools.pairwise(batch.document_offsets.tolist()):
+            inputs = batch.inputs_BT.flatten()[start:stop]
+            if tuple(inputs.tolist()) in by_inputs:
+                seen.add(tuple(inputs.tolist()))
+                alone = model(inputs[None])[0]
+                # fp32 sums in another order
+                torch.testing.assert_close(packed[start:stop], alone, atol=2e-5, rtol=1e-4)
+    assert seen == set(by_inputs)
     loader.close()
 
 
@@ -250,7 +255,7 @@ def test_the_loss_of_packed_batches_is_the_sum_over_conversations_alone(model):
     loader = make_loader(mixture, epochs=1)
 
     packed = sum(
-        loss(b.inputs_BT, b.targets_BT, b.positions_BT, b.document_ids_BT).item()
+        loss(b.inputs_BT, b.targets_BT, b.positions_BT, b.document_offsets).item()
         for b in all_batches(loader)
     )
 

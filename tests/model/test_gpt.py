@@ -96,9 +96,9 @@ def test_padding_changes_no_real_position(model, tokens_BT):
 def test_packed_documents_are_as_alone(model, tokens_BT):
     lengths = (13, 1, 26)
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(3, -1)
-    document_ids = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths)).expand(3, -1)
+    offsets = torch.tensor([0, *lengths * 3]).cumsum(0).to(torch.int32)
 
-    packed = model(tokens_BT, positions, document_ids)
+    packed = model(tokens_BT, positions, offsets)
 
     ends = torch.tensor(lengths).cumsum(0).tolist()
     for end, length in zip(ends, lengths, strict=True):

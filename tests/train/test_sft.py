@@ -1,5 +1,6 @@
 """Fine-tuning: settings from the base, conversations each seen three times, and exact resumes."""
 
+import itertools
 import json
 import math
 import os
@@ -278,13 +279,10 @@ def test_every_conversation_is_seen_exactly_three_times(folder: Path, world_size
 def conversations(batch) -> list[tuple[int, ...]]:
     """The ids of each document of a batch that has a target."""
     found = []
-    for inputs, targets, documents in zip(
-        batch.inputs_BT, batch.targets_BT, batch.document_ids_BT, strict=True
-    ):
-        for document in documents.unique().tolist():
-            is_in = documents == document
-            if (targets[is_in] >= 0).any():
-                found.append(tuple(inputs[is_in].tolist()))
+    inputs, targets = batch.inputs_BT.flatten(), batch.targets_BT.flatten()
+    for start, stop in itertools.pairwise(batch.document_offsets.tolist()):
+        if (targets[start:stop] >= 0).any():
+            found.append(tuple(inputs[start:stop].tolist()))
     return found
 
 
