@@ -9,6 +9,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Literal
 
+from casallm.data.sources import BUILTIN, source_name
+
 Job = Literal["pretrain", "sft"]
 JOBS: tuple[Job, ...] = ("pretrain", "sft")
 """What `up` launches; the other files in tasks/ are its first step, or for use by hand."""
@@ -67,13 +69,7 @@ class LaunchRequest:
         if self.start_from:
             return f"{self.start_from.rstrip('/').rpartition('/')[2]}-{self.job}"
         size = (self.params or self.preset or DEFAULT_PRESET).lower()
-        return f"{size}-{data_name(self.data or 'builtin')}"
-
-
-def data_name(data: str) -> str:
-    """A short name for documents: `org/name:config` and `s3://bucket/name/*.parquet` alike."""
-    last = next((part for part in reversed(data.split("/")) if part and "*" not in part), "")
-    return re.sub(r"[^A-Za-z0-9_]+", "-", last.partition(".")[0]).strip("-") or "data"
+        return f"{size}-{source_name(self.data or BUILTIN)}"
 
 
 def cluster_name(run_url: str) -> str:

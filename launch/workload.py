@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from casallm.config import Tree, build, merge, nearest, parse_overrides, parse_yaml, to_tree
+from casallm.data.sources import source_name
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import (
     NAMED_SIZES,
@@ -21,7 +22,7 @@ from casallm.estimate.architecture import (
 from casallm.estimate.layout import default_batch_tokens
 from casallm.estimate.scaling import tokens_for_params
 from casallm.units import format_count, parse_count
-from launch.request import DEFAULT_PRESET, LaunchRequest, data_name
+from launch.request import DEFAULT_PRESET, LaunchRequest
 
 BUILTIN_TOKENS = 3_770_000
 """Of the built-in corpus, in GPT-2's vocabulary (measured)."""
@@ -130,12 +131,12 @@ def _data(request: LaunchRequest) -> tuple[DataKind, str]:
     if data.startswith(("s3://", "gs://")) and not _FILES.search(data):
         return "shards", data
     if "://" not in data and Path(data).exists():
-        made = f"s3://BUCKET/data/{data_name(data)}"
+        made = f"s3://BUCKET/data/{source_name(data)}"
         raise ConfigError(
             f"DATA={data} is on this computer, where machines in a cloud cannot read it: run"
             f" `make prepare DATA={data} OUT={made}`, then launch with DATA={made}"
         )
-    return "documents", f"{request.bucket_url}/data/{data_name(data)}"
+    return "documents", f"{request.bucket_url}/data/{source_name(data)}"
 
 
 def _whole(settings: dict[str, Any], name: str) -> int:

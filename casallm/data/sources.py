@@ -14,6 +14,7 @@ a sample, so that an edit in the middle of a large file that keeps its size may 
 """
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,6 +149,12 @@ class BuiltinSource:
         if not all((scratch / f"{split}.jsonl").exists() for split in ("train", "val")):
             write_builtin(scratch)
         return plan_units(list_files(str(scratch)), self.text_column)
+
+
+def source_name(text: str) -> str:
+    """A short name for documents: `org/name:config` and `s3://bucket/name/*.parquet` alike."""
+    last = next((part for part in reversed(text.split("/")) if part and "*" not in part), "")
+    return re.sub(r"[^A-Za-z0-9_]+", "-", last.partition(".")[0]).strip("-") or "data"
 
 
 def open_source(text: str, *, text_column: str = "text") -> Source:

@@ -6,7 +6,6 @@ config.yaml says when it exists, then what was said on the command line.
 
 import logging
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from casallm.data.loader import PretrainLoader
 from casallm.data.prepare import load_or_prepare
 from casallm.data.progress import say_progress
 from casallm.data.shards import Dataset, open_dataset
+from casallm.data.sources import BUILTIN, source_name
 from casallm.data.tokenizer import Tokenizer
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import count_params, shape_for_params
@@ -60,9 +60,7 @@ class PretrainRequest:
         if self.start.run:
             return named_run(self.start.run)
         size = self.params or self.preset or choose_preset(machine)
-        data = Path(self.data.rstrip("/")).name.split(".")[0] if self.data else "builtin"
-        data = re.sub(r"[^A-Za-z0-9_-]+", "-", data).strip("-")
-        return named_run(f"{size.lower()}-{data or 'data'}")
+        return named_run(f"{size.lower()}-{source_name(self.data or BUILTIN)}")
 
     def plan(self, machine: Machine, run: Store) -> RunConfig:
         """All settings of the run; ConfigError names every mistake at once.
