@@ -42,7 +42,7 @@ def main() -> None:
     constants = calibration.fit([*foundry, *others])
     print("constants:", json.dumps(_rounded(asdict(constants)), indent=2))
     left_out = calibration.leave_one_group_out(others, _by_system, foundry)
-    spread = _spread(others, left_out)
+    spread = _spread(left_out)
     print("spread:", json.dumps(spread, indent=2))
 
     print(
@@ -93,9 +93,9 @@ def _part(score: Score, picked: list[int]) -> Score:
     return calibration.score(np.array(score.log_errors)[picked])
 
 
-def _spread(runs: list[Run], score: Score) -> dict[str, float]:
-    """The deviations up and down that leave `TAIL` of the figures of free systems outside."""
-    errors = [error for run, error in zip(runs, score.log_errors, strict=True) if not run.limit]
+def _spread(score: Score) -> dict[str, float]:
+    """The deviations up and down that leave `TAIL` of all figures outside, also the held back."""
+    errors = score.log_errors
     faster, slower = -np.quantile(errors, TAIL) / Z90, np.quantile(errors, 1 - TAIL) / Z90
     system = math.sqrt(max(0.0, faster**2 - ASSUMED_SPREAD["layout"] ** 2))
     return {"system": round(system, 3), "skew": round(slower / faster, 2), **ASSUMED_SPREAD}

@@ -6,7 +6,7 @@ sharded layouts are predicted as well, for the runs of other programs.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -37,6 +37,13 @@ the loss in pieces. The tightest sharded layout may be so large where nothing el
 
 DDP_BONUS = 1.15
 """DDP is preferred while it is at most this much slower: it is simpler, and casallm's own."""
+
+RECOMPUTES: Mapping[Sharding, tuple[Recompute, ...]] = {
+    "ddp": ("none", "selective", "full"),
+    "fsdp": ("selective", "full"),
+}
+"""What is weighed unless asked for. Programs that shard recompute selectively, as a rule also where
+the memory would allow not to (Korthikanti et al. 2022, arXiv 2205.05198)."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +141,10 @@ def _preference(setup: Setup) -> float:
 
 
 def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
-    recomputes: tuple[Recompute, ...] = ("none", "selective", "full")
     for sharding in (wanted.sharding,) if wanted.sharding else ("ddp", "fsdp"):
         if sharding == "fsdp" and base.n_gpus == 1:
             continue
-        for recompute in (wanted.recompute,) if wanted.recompute else recomputes:
+        for recompute in (wanted.recompute,) if wanted.recompute else RECOMPUTES[sharding]:
             setup = replace(base, sharding=sharding, recompute=recompute)
             for size in _micro_batch_sizes(setup, wanted):
                 yield replace(setup, micro_batch_size=size)
