@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from casallm.config import build
-from casallm.errors import CasallmError, CheckpointError, ConfigError
+from casallm.errors import CasallmError, CheckpointError, ConfigError, TrainingError
 from casallm.estimate.architecture import count_params, flops_per_token
 from casallm.estimate.memory import largest_micro_batch
 from casallm.model.gpt import GPT, build_gpt
@@ -61,9 +61,6 @@ def main(directory: str) -> int:
     except CasallmError as error:
         control.write_outcome(Outcome("failed", 0, str(error)))
         return 1
-    except torch.OutOfMemoryError as error:
-        control.write_outcome(Outcome("failed", 0, _out_of_memory(error)))
-        return 1
     except BaseException as error:  # noqa: BLE001 - the last words of a rank, whatever they are
         control.write_error(rank, error)
         return 1
@@ -76,9 +73,19 @@ def _train(spec: Spec, control: Control) -> None:
     if world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     config = build(RunConfig, spec.config)
-    feed = OPEN_FEED[config.stage](
-        Path(spec.data_directory), config, world, micro_batch_size(config, machine, world)
-    )
+    micro_batch = micro_batch_size(config, machine, world)
+    feed = OPEN_FEED[config.stage](Path(spec.data_directory), config, world, micro_batch)
+    try:
+        outcome = _train_on(feed, spec, world, control)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(_out_of_memory(error, micro_batch)) from None
+    feed.loader.close()
+    if world.is_leader:
+        control.write_outcome(outcome)
+
+
+def _train_on(feed: Feed, spec: Spec, world: World, control: Control) -> Outcome:
+    config, machine = build(RunConfig, spec.config), Machine(**spec.machine)
     model = build_gpt(
         config.model, config.train.context_length, seed=config.train.seed, device=world.device
     )
@@ -97,10 +104,7 @@ def _train(spec: Spec, control: Control) -> None:
             observer=leader,
             sources=feed.sources,
         )
-        outcome = trainer.run()
-    feed.loader.close()
-    if world.is_leader:
-        control.write_outcome(outcome)
+        return trainer.run()
 
 
 def micro_batch_size(config: RunConfig, machine: Machine, world: World) -> int:
@@ -210,9 +214,14 @@ def _leader(
         leader.close()
 
 
-def _out_of_memory(error: torch.OutOfMemoryError) -> str:
+def _out_of_memory(error: torch.OutOfMemoryError, micro_batch: int) -> str:
     said = str(error).split(". ")[0]
-    return f"the GPU ran out of memory ({said}): set train.micro_batch_size lower than it was"
+    if micro_batch == 1:
+        return f"the GPU ran out of memory ({said}) with one sequence: take a smaller model"
+    return (
+        f"the GPU ran out of memory ({said}) with {micro_batch} sequences at a time: add"
+        f" train.micro_batch_size={micro_batch // 2}"
+    )
 
 
 def _obey_signals(control: Control) -> None:
