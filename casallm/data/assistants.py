@@ -28,6 +28,10 @@ AI_NOUN = (
 
 _ARTICLE = re.compile(r"\b(?:an?|the|my|his|her|their|our|some|each|every)\s+$", re.IGNORECASE)
 _AI_NEXT = re.compile(rf"[\s-]+(?:{AI_NOUN}|family|series)\b", re.IGNORECASE)
+_MODEL_NEXT = re.compile(
+    r"[\s-]+(?:(?:ai|large|language|chat)\s+)*(?:models?|llms?|chat ?bots?|ai|assistants?)\b",
+    re.IGNORECASE,
+)
 _SURNAME_NEXT = re.compile(r"[ -](?!I\b|AI\b)[A-Z]\w")
 _LETTERS = re.compile(r"[a-z]+")
 _HAS_UPPER = re.compile(r"[A-Z]")
@@ -37,7 +41,8 @@ def mark_assistants(text: str, own_names: Collection[str] = (), *, any_case: boo
     """`text` with each assistant and maker but `own_names` (casefolded) replaced by its mark.
 
     An ambiguous name must be capitalised as a name is, unless `any_case` or the whole text is in
-    lower case, and is left alone as a common noun ("a llama") or with a surname.
+    lower case, and is left alone as a common noun ("a llama") or with a surname. Before the word
+    for a model ("Gemini models") it is certain.
     """
     any_case = any_case or not _HAS_UPPER.search(text)
 
@@ -52,7 +57,9 @@ def mark_assistants(text: str, own_names: Collection[str] = (), *, any_case: boo
             return found
         if group == "maybe_maker":
             return MAYBE_MAKER
-        return found if _is_common_noun(text, match) else MAYBE_NAME
+        if _is_common_noun(text, match):
+            return found
+        return NAME if _MODEL_NEXT.match(text, match.end()) else MAYBE_NAME
 
     return _pattern().sub(mark, text)
 

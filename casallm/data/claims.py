@@ -35,7 +35,22 @@ _THIRD_PERSON = re.compile(
     rf"{_ANY.pattern}(?:\s+(?:is|was|are|were|has|have|had|can|does|will|fue|es|ha|est|a|ist|wurde"
     r"|foi|è|był|создала?|это)\b|是|由|は)"
 )
-_PRONOUN = re.compile(r"^(?:it|they|he|she)\b", re.IGNORECASE)
+_INTRODUCES = re.compile(
+    r"\b(?i:my name is|call me|i go by|(?:made|created|built|developed|trained|released|owned)"
+    r" (?:me|by)|(?:work|product|creation|brainchild) of)\b"
+    r"|\bmy (?:creators?|makers?|developers?|company)\b"
+)
+"""May introduce the assistant by a name or a maker of no list."""
+
+_OR = re.compile(r"\b(?:or|oder|ou|o|of|eller|или|czy)\b|还是|還是|それとも", re.IGNORECASE)
+_EARLY = 3
+"""In so many sentences a question is answered."""
+_PERSONA_TURNS = 3
+"""So many turns of the user's a persona lasts."""
+
+_PRONOUN = re.compile(
+    r"^(?:(?:in fact|actually|indeed|and|yes),? )?(?:it|they|he|she|that|this)\b", re.IGNORECASE
+)
 """Begins a sentence about what the sentence before it names."""
 
 _FIRST_PERSON = re.compile(r"\b(?:i|me|my)\b", re.IGNORECASE)
@@ -77,9 +92,16 @@ def find_foreign_claim(messages: Sequence[Message], own_names: Collection[str] =
 
 
 def _may_claim(question: str, answer: str) -> bool:
-    return may_name_assistant(answer) or (
-        load_grammar().yes.match(answer) is not None and may_name_assistant(question)
+    return (
+        may_name_assistant(answer)
+        or (may_name_assistant(question) and _affirms(answer))
+        or (len(answer) < _ENDS_CHARS and _INTRODUCES.search(answer) is not None)
     )
+
+
+def _affirms(answer: str) -> bool:
+    grammar = load_grammar()
+    return any(pattern.match(answer) for pattern in (grammar.yes, grammar.former, grammar.latter))
 
 
 class _Exchange:
@@ -93,18 +115,23 @@ class _Exchange:
         if len(question) > 2 * _ENDS_CHARS:
             question = f"{question[:_ENDS_CHARS]}\n{question[-_ENDS_CHARS:]}"
         self.question = question
-        self.is_about_self = self._asks_who_it_is(_QUOTATION.sub("", question))
-
-    def _asks_who_it_is(self, question: str) -> bool:
-        if self.grammar.asked_about_self.search(question):
-            return True
-        marked = mark_assistants(question, self.own, any_case=True)
-        return self.grammar.asked_which.search(marked) is not None
+        unquoted = _QUOTATION.sub("", question)
+        self.asked = self._mark_any_case(unquoted)
+        self.asks_whether = (
+            _ANY.search(self.asked) is not None
+            and self.grammar.asked_whether.search(self.asked) is not None
+        )
+        asks_who = self.grammar.asked_about_self.search(unquoted) is not None
+        is_addressed = self.grammar.addressed.search(self.asked) is not None
+        self.is_about_self = asks_who or self.asks_whether or is_addressed
 
     def find_claim(self, answer: str) -> str | None:
         """The sentence of `answer` that claims to be another assistant, or None."""
-        claim = self._spoken_claim(answer.replace("\u2019", "'"))
-        return None if claim is not None and self.is_given_text else claim
+        text = answer.replace("\u2019", "'")
+        claim = self._spoken_claim(text)
+        if claim is not None and self.is_others_text:
+            return self._spoken_claim(self._frame(text))
+        return claim
 
     @cached_property
     def is_fiction(self) -> bool:
@@ -120,36 +147,82 @@ class _Exchange:
         return "\n".join(self.given).casefold()
 
     @cached_property
-    def marked_question(self) -> str:
-        """The question with the names in it marked."""
-        return mark_assistants(self.question, self.own, any_case=True)
-
-    @property
-    def is_given_text(self) -> bool:
-        """Whether the names in the answer are those of a text that the user gave to work on."""
+    def is_others_text(self) -> bool:
+        """Whether the user asked for a text, or a persona, that speaks as a program or of one."""
+        if self.grammar.asked_about_self.search(self.question) and not self._is_persona(
+            self.question
+        ):
+            return False
         return (
             self.grammar.text_task.search(self.question) is not None
-            and _ANY.search(self.marked_question) is not None
-        )
+            and self._names_speaker(self.question)
+        ) or any(self._is_persona(each) for each in self.given[-_PERSONA_TURNS:])
+
+    def _is_persona(self, text: str) -> bool:
+        return self.grammar.persona.search(text) is not None and self._names_speaker(text)
+
+    def _names_speaker(self, text: str) -> bool:
+        return self.grammar.speaker.search(self._mark_any_case(text)) is not None
+
+    def _mark_any_case(self, text: str) -> str:
+        is_named = may_name_assistant(text)
+        return mark_assistants(text, self.own, any_case=True) if is_named else text
+
+    def _frame(self, text: str) -> str:
+        """The opening and the closing of an answer that gives a text of somebody else's."""
+        lines = [line for line in text.split("\n") if line.strip()]
+        opening = [line for line in lines[:1] if self.grammar.opening.search(self._marked(line))]
+        closing = self.grammar.closing.search("\n".join(lines[-2:]))
+        return "\n".join([*opening, closing[0] if closing else ""])
+
+    def _marked(self, text: str) -> str:
+        return mark_assistants(text, self.own)
+
+    def _says_yes(self, text: str) -> bool:
+        """Whether the answer is a yes to "are you X?" or takes a side of "X or Y?"."""
+        if not self.asks_whether:
+            return False
+        sides = _OR.split(self.asked)
+        if len(sides) > 1:
+            if self.grammar.former.match(text):
+                return _ANY.search(sides[0]) is not None
+            if self.grammar.latter.match(text):
+                return _ANY.search(sides[-1]) is not None
+        return self.grammar.yes.match(text) is not None
 
     def _spoken_claim(self, text: str) -> str | None:
-        if self.grammar.yes.match(text) and self.grammar.asked_whether.search(self.marked_question):
+        if self._says_yes(text):
             return text.strip().split("\n")[0]
         text = _plain(text if self.is_about_self else _without_others_words(text))
         any_case = self.is_about_self or text.islower()
         last_named = ""
-        for number, sentence in enumerate(_sentences(text)):
-            if not (may_name_assistant(sentence) or (last_named and _PRONOUN.match(sentence))):
+        sentences = list(_sentences(text))
+        for number, sentence in enumerate(sentences):
+            if not (
+                may_name_assistant(sentence)
+                or (last_named and _PRONOUN.match(sentence))
+                or (self.is_about_self and _INTRODUCES.search(sentence))
+            ):
                 last_named = ""
                 continue
             marked = mark_assistants(sentence, self.own, any_case=any_case)
             if last_named:
                 marked = _PRONOUN.sub(last_named, marked)
-            if self._is_claim(marked, is_early=number < 2):
+            if self._is_claim(marked, is_early=number < _EARLY):
+                return sentence
+            if self._is_credit(marked, is_last=number == len(sentences) - 1):
                 return sentence
             named = _ANY.search(marked)
             last_named = named[0] if named else ""
         return self._signature(text)
+
+    def _is_credit(self, marked: str, *, is_last: bool) -> bool:
+        """Whether the answer says whom it is by, where the user did not speak of such."""
+        if _ANY.search(self.asked):
+            return False
+        if self.grammar.prefix.search(marked):
+            return True
+        return is_last and self.grammar.credit.search(marked) is not None
 
     def _signature(self, text: str) -> str | None:
         """The name that `text` is signed with, where it is an assistant's and not the task's."""
@@ -173,8 +246,10 @@ class _Exchange:
                 is_meant = _SURE.search(match[0]) is not None or self._is_about_program(sentence)
                 if is_meant and not _is_disowned(sentence, match):
                     return True
-        if not self.is_fiction and self.grammar.likely_claims.search(sentence):
-            return True
+        if not self.is_fiction:
+            personal = self.grammar.impersonal.sub("", sentence)
+            if self.grammar.likely_claims.search(personal):
+                return True
         return is_early and self.is_about_self and not self.is_fiction and _is_answer(sentence)
 
     def _is_about_program(self, sentence: str) -> bool:
@@ -183,8 +258,11 @@ class _Exchange:
 
     def _is_new_identity(self, sentence: str) -> bool:
         """Whether a name or maker of no list is introduced as the assistant's own."""
-        patterns = (self.grammar.new_name, self.grammar.new_maker)
-        names = [match[1] for pattern in patterns if (match := pattern.search(sentence))]
+        patterns = [self.grammar.new_name, self.grammar.new_maker]
+        if self.is_about_self:
+            patterns.append(self.grammar.own_maker)
+        found = [match for pattern in patterns if (match := pattern.search(sentence))]
+        names = [match[match.lastindex or 0] for match in found]
         if not names or self.is_fiction or any(name in sentence.casefold() for name in self.own):
             return False
         return any(name.casefold() not in self.all_given for name in names)

@@ -82,6 +82,7 @@ _PLACEHOLDER = re.compile(
     r"|(?:output|response|answer) (?:is )?(?:empty|missing|not available))\s*[>\])]?\.?",
     re.IGNORECASE,
 )
+_TABLE_RULE = re.compile(r"[|:\-\s]+")
 _FENCE = re.compile(r"^\s*```", re.MULTILINE)
 _LIST_MARK = re.compile(r"(?:\d{1,3}[.)]|[-*•+]|#+|\*\*|\|)")
 _LIST_ITEM = re.compile(r"(?:\d{1,3}[.)]|[-*•+]|[a-zA-Z][.)])\s+")
@@ -98,31 +99,53 @@ _FAREWELL = re.compile(
     re.IGNORECASE,
 )
 _NEVER_LAST_WORDS = (
-    "the a an and or of with its their his my our your because than into whose such very every"
-    " between during including whereas although unless towards via und oder der dem den ein eine"
-    " einen et le les des une el los las y que del"
+    "the a an and or its their his my our your because than whose such very every between during"
+    " including whereas although unless towards via if when while as who which und oder der dem"
+    " den das ein eine einen mit für von zu et le les des une un dans pour avec qui el los las y"
+    " que del con para por il gli della che com uma os dos nas \u0438 \u0432 \u043d\u0430"
+    " \u0434\u043b\u044f \u0447\u0442\u043e \u043f\u043e"
 )
 _NEVER_LAST = frozenset(_NEVER_LAST_WORDS.split())
+_OPEN_CLAUSE = re.compile(
+    r"\b(?:the|an?|some|its?|this) \w+ of$|"
+    r"^(?!.*\b(?:what|who|whom|which|where|that|how|to|you|i|we|they|he|she)\b[^.!?]*$)"
+    r".*\b(?:with|of|for|from|at|into)$"
+    r"|^(?!.*\b(?:what|who|whom|how|want|you|i|we|they|he|she)\b[^.!?]*$).*\bto$|"
+    r"^(?!.*\b(?:how|what|who|where|why|than|as|it|that|which|all|there|i|you)\b[^.!?]*$)"
+    r".*\b(?:is|was|were|be|has|have|had|would|could)$|"
+    r"\b(?:is|are|be|was|were|it's|too|so|very|more) (?:too|so|very|more|most|less|also|not)$"
+    r"|[\w)\]}] [=+\u00d7*/<\u2264\u2265\u2248\u2192&]$"
+)
+_TAIL_WORDS = 7
+"""So many words tell whether the last clause is open."""
 _FINISHED = re.compile(r"[.!?:\u2026\u3002\uff01\uff1f\"\u201d\u2019')*\]]$")
 MIN_WORDS = 15
 """Shorter answers may end without a full stop."""
 
 
 def _is_open_table_row(lines: Sequence[str]) -> bool:
-    """Whether the last row of a table lacks the bar that the rows before it end with."""
-    if len(lines) < 2 or not lines[-1].startswith("|"):
+    """Whether the last row of a table lacks cells, or the bar that the row before it ends with."""
+    if len(lines) < 2 or not (lines[-1].startswith("|") and lines[-2].startswith("|")):
         return False
-    return lines[-2].startswith("|") and lines[-2].endswith("|") and not lines[-1].endswith("|")
+    if _TABLE_RULE.fullmatch(lines[-2]) is None and lines[-1].count("|") < lines[-2].count("|"):
+        return True
+    return lines[-2].endswith("|") and not lines[-1].endswith("|")
 
 
 def _ends_open(last: str) -> bool:
     """Whether the last line ends in what nothing ends with."""
-    if last.endswith((",", "(", "[", "{", ":", ":=", "\u2013", "\u2014")):
+    if last.endswith(
+        (",", "\uff0c", "\u3001", "\uff1a", "(", "[", "{", ":", ":=", "\u2013", "\u2014")
+    ):
         return not last.endswith("::")
     words = last.split()
     if re.search(r"[a-z]{2}-$", last) or last.endswith(("<http", "<https")):
         return True
-    return len(words) >= 4 and words[-1] in _NEVER_LAST
+    if len(words) < 4 or last.endswith((".", "!", "?")):
+        return False
+    return (
+        words[-1] in _NEVER_LAST or _OPEN_CLAUSE.search(" ".join(words[-_TAIL_WORDS:])) is not None
+    )
 
 
 def _stops_in_sentence(lines: Sequence[str]) -> bool:

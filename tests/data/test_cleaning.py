@@ -101,10 +101,11 @@ def test_names_are_marked_by_how_sure_they_are():
     assert marked == "\ue000 and \ue001, a llama, Claude Monet, \ue002, \ue003, meta"
 
 
-def test_the_quick_look_never_overlooks_a_claim():
-    for label, messages in labelled():
-        if label == "another_assistant":
-            assert any(may_name_assistant(message.content) for message in messages), messages
+def test_the_quick_look_never_overlooks_a_name():
+    for _, messages in labelled():
+        for message in messages:
+            if mark_assistants(message.content, any_case=True) != message.content:
+                assert may_name_assistant(message.content), message
 
 
 @pytest.mark.parametrize(
