@@ -5,6 +5,10 @@ first. Names that are also a person's, an animal's or a wind's (Claude, Llama, M
 makers of other things (Google), count only in a sentence about an AI, or where the user asked the
 assistant about itself, and not in a story.
 
+A sentence that joins a first person to a sure name or maker is a claim unless a comparison, a
+denial or an opinion stands between them. Of a text or a persona that the user asked for, in which
+a program speaks, only the opening and the closing are the assistant's own voice.
+
 Decided: a denial alone stays ("I am not ChatGPT"); a denial with a claim goes ("I am not
 ChatGPT, I am Claude"). A mere "as an AI language model, I ..." claims no one's name and stays. A
 "yes" to "are you ChatGPT?" goes. An assistant name of no list goes where a sentence introduces it
@@ -29,6 +33,9 @@ from casallm.data.conversation import Message
 _ENDS_CHARS = 600
 """Of a long question only this much of its beginning and of its end is read."""
 
+_SENTENCE_CHARS = 1000
+"""Of a sentence no more is read."""
+
 _SURE = re.compile(f"[{NAME}{MAKER}]")
 _ANY = re.compile(f"[{NAME}{MAYBE_NAME}{MAKER}{MAYBE_MAKER}]")
 _THIRD_PERSON = re.compile(
@@ -47,6 +54,9 @@ _EARLY = 3
 """In so many sentences a question is answered."""
 _PERSONA_TURNS = 3
 """So many turns of the user's a persona lasts."""
+
+_BARE = re.compile(rf"\W*{_ANY.pattern}\s+(?:is|was|did|does|has)\W*", re.IGNORECASE)
+"""Answers "who made you?" in short: "OpenAI did."."""
 
 _PRONOUN = re.compile(
     r"^(?:(?:in fact|actually|indeed|and|yes),? )?(?:it|they|he|she|that|this)\b", re.IGNORECASE
@@ -279,7 +289,9 @@ def _is_answer(sentence: str) -> bool:
     """Whether a sentence with a name in it, said of oneself when asked, tells one's own."""
     if load_grammar().denied.search(sentence):
         return False
-    return not _THIRD_PERSON.search(sentence) or _FIRST_PERSON.search(sentence) is not None
+    if _BARE.fullmatch(sentence) or _FIRST_PERSON.search(sentence):
+        return True
+    return _THIRD_PERSON.search(sentence) is None
 
 
 def _without_others_words(text: str) -> str:
@@ -295,4 +307,4 @@ def _plain(text: str) -> str:
 
 
 def _sentences(text: str) -> Iterator[str]:
-    return (part.strip() for part in _SENTENCE_END.split(text) if part.strip())
+    return (part.strip()[:_SENTENCE_CHARS] for part in _SENTENCE_END.split(text) if part.strip())
