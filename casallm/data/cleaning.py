@@ -7,8 +7,8 @@ The reasons, in the order in which they are looked for: `malformed` (no messages
 
 A cut answer is one that leaves a code block or a bracket open, ends in a comma, a colon, a hyphen,
 a bare list mark, an operator, a table row that lacks cells or a word that nothing ends with
-("the", "and"), or breaks off inside a sentence while the sentences before it are finished. Short answers, lists, verse, headings, signatures and
-code end as they like.
+("the", "and"), or breaks off inside a sentence while the sentences before it are finished. Short
+answers, lists, verse, headings, signatures and code end as they like.
 """
 
 import re
