@@ -1,5 +1,6 @@
 """`python -m launch`: up, status, logs, down; and price and notify, which run on the node."""
 
+import io
 import logging
 import os
 import sys
@@ -135,6 +136,8 @@ def logs(run: RunOption = None, *, bucket: BucketOption = None) -> None:
     from launch.session import only_run
 
     name = cluster_name(_url(run, bucket)) if run else only_run()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # also into a pipe
     raise typer.Exit(1 if cluster.tail(name) else 0)
 
 

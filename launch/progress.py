@@ -31,7 +31,7 @@ class RunProgress:
     finished: str | None = None
     """Why the run is over; None while it is not."""
     last: str = ""
-    """The last thing that the newest attempt said of itself."""
+    """The reason that the newest attempt gave for what it did last, if any."""
 
     @property
     def usd_to_finish(self) -> float | None:
@@ -83,7 +83,7 @@ def read_progress(run: Store) -> RunProgress:
             1 for e in events if e.get("kind") == "end" and e.get("outcome") == "stopped"
         ),
         finished=str(finished["reason"]) if finished else None,
-        last=str(events[-1].get("reason", events[-1].get("kind", ""))) if events else "",
+        last=str(events[-1].get("reason", "")) if events else "",
     )
 
 

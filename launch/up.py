@@ -262,13 +262,14 @@ def _words(current: cluster.Standing, job: str, progress: RunProgress) -> str:
     steps = f" of {progress.steps:,}" if progress.steps else ""
     loss = f", loss {progress.loss:.3f}" if progress.loss is not None else ""
     usd = f", {format_usd(progress.usd)}"
-    return f"{current.status}{where}{recovered}: step {progress.step:,}{steps}{loss}{usd}"
+    return f"{current.status or 'gone'}{where}{recovered}: step {progress.step:,}{steps}{loss}{usd}"
 
 
 def _ended(progress: RunProgress, job: str, current: cluster.Standing) -> Ending:
     if progress.finished is not None:
         return Ending(True, progress.finished)
-    said = progress.last or current.details or "it never began"
+    step = f"its last step was {progress.step:,}" if progress.step else "it never began"
+    said = progress.last or current.details or step
     reason = f"the job ended ({job or 'its machines are gone'}): {said}"
     return Ending(False, reason, was_told=job.startswith("FAILED"))
 
