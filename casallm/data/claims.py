@@ -74,8 +74,8 @@ _SCRIPT_LINE = re.compile(
     r"^[\W\d]*(?P<speaker>[A-Z][\w .'-]{0,24}?)\**:\**[ \t]+\S+[ \t]+\S.*$", re.MULTILINE
 )
 _SIGNATURE = re.compile(
-    r"(?:[.!?\n]\s*[-\u2013\u2014~]|\n(?:best|cheers|regards|love|yours|sincerely|thanks)[\w ]*,?"
-    r"\s*\n)\s*(?P<name>\w[\w. -]{1,24}?)\W*$",
+    r"(?:[.!?\n]\s*[-\u2013\u2014~]|\n(?:best|cheers|regards|love|yours|sincerely|thanks)[\w ]*\n"
+    r"|\n\w[\w' ]{2,30},\s*\n)\s*(?P<name>\w[\w. -]{1,24}?)\W*$",
     re.IGNORECASE,
 )
 _LINK = re.compile(r"\[([^\]\n]*)\]\([^)\n]*\)")
@@ -194,11 +194,20 @@ class _Exchange:
             return False
         sides = _OR.split(self.asked)
         if len(sides) > 1:
+            is_first, is_last = (_ANY.search(sides[each]) is not None for each in (0, -1))
             if self.grammar.former.match(text):
-                return _ANY.search(sides[0]) is not None
+                return is_first
             if self.grammar.latter.match(text):
-                return _ANY.search(sides[-1]) is not None
+                return is_last
+            if is_first and is_last and not self._evades(text):
+                return True
         return self.grammar.yes.match(text) is not None
+
+    def _evades(self, text: str) -> bool:
+        """Whether the answer to "X or Y?" takes neither side, or the assistant's own."""
+        first = next(_sentences(text), "")
+        is_own = any(name in text.casefold() for name in self.own)
+        return is_own or self.grammar.denied.search(first) is not None
 
     def _spoken_claim(self, text: str) -> str | None:
         if self._says_yes(text):

@@ -17,12 +17,15 @@ from casallm.data.conversation import Message, parse_row
 from casallm.data.duplicates import DuplicateFilter
 
 LABELLED = Path(__file__).parent / "cleaning_labelled.jsonl"
+UNSEEN = Path(__file__).parent / "cleaning_unseen.jsonl"
+"""Written by somebody who had not seen the patterns, and never learned from."""
+
 OWN = ("Casa", "the casallm project")
 SHARED = Path(os.environ.get("CASALLM_SHARED_DATA", "../shared/data")) / "sft"
 
 
-def labelled():
-    with LABELLED.open(encoding="utf-8") as file:
+def labelled(path=LABELLED):
+    with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [
         (row["label"], [Message(each["role"], each["content"]) for each in row["messages"]])
@@ -39,14 +42,15 @@ def reason(messages, own=OWN):
     return "keep" if defect is None else defect.reason
 
 
-def test_labelled_examples_are_told_apart_with_precision_and_recall_of_95_percent():
-    verdicts = [(label, reason(messages)) for label, messages in labelled()]
+@pytest.mark.parametrize(("path", "at_least"), [(LABELLED, 1900), (UNSEEN, 200)])
+def test_labelled_examples_are_told_apart_with_precision_and_recall_of_95_percent(path, at_least):
+    verdicts = [(label, reason(messages)) for label, messages in labelled(path)]
 
     dropped = [label for label, found in verdicts if found != "keep"]
     faulty = [found for label, found in verdicts if label != "keep"]
     precision = sum(label != "keep" for label in dropped) / len(dropped)
     recall = sum(found != "keep" for found in faulty) / len(faulty)
-    assert len(verdicts) > 400
+    assert len(verdicts) >= at_least
     assert precision >= 0.95, f"{precision:.3f}"
     assert recall >= 0.95, f"{recall:.3f}"
 
