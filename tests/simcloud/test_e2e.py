@@ -6,6 +6,7 @@ Every scenario ends with an empty account, or it fails.
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,6 +36,7 @@ TINY = [
 ]
 MACHINE = ["--preset", "tiny", "--gpu", "A100:8", "--region", "us-east-1", "--ranks", "1"]
 SHARDS = f"{BUCKET}/data/words"
+BROUGHT_HOME = CHECKOUT / "runs"
 USD_PER_HOUR = 21.957642
 CALM_STEPS = 2000
 
@@ -105,6 +107,10 @@ def _server(cloud):
     cloud.run([str(BIN / "casallm"), "prepare", *options], timeout=600)
     cloud.sky("api", "start", timeout=300)
     cloud.sky("check", "aws", timeout=600)
+    before = set(BROUGHT_HOME.glob("*"))
+    yield
+    for run in set(BROUGHT_HOME.glob("*")) - before:
+        shutil.rmtree(run)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +125,7 @@ def test_a_run_on_demand_comes_home_and_leaves_nothing(cloud, calm):
 
     assert shown.rstrip().endswith("nothing left")
     assert finished(cloud, "calm")["step"] == CALM_STEPS
-    assert (CHECKOUT / "runs/calm/finished.json").exists()
+    assert (BROUGHT_HOME / "calm/finished.json").exists()
     assert_nothing_left(cloud)
 
 
