@@ -62,14 +62,16 @@ def run_up(request: LaunchRequest, choices: Choices, *, say: Say) -> int:
     if not choices.is_sure and not confirm("Launch it?"):
         return 1
     _create_bucket(found)
+    is_launched = False
     try:
         launch_plan(plan, environment)
+        is_launched = True
         if choices.is_detached:
             say(three_commands(plan.request.run_url))
             return 0
         return _accompany(plan, environment, say)
     except KeyboardInterrupt:
-        say("\n" + three_commands(plan.request.run_url))
+        say("\n" + three_commands(plan.request.run_url, is_launched=is_launched))
         return 0
 
 

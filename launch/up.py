@@ -198,10 +198,11 @@ def end(plan: Plan) -> TearDown:
     return tear_down(plan.request.run_url, cloud=plan.request.cloud)
 
 
-def three_commands(run_url: str) -> str:
+def three_commands(run_url: str, *, is_launched: bool = True) -> str:
     """What a person needs who leaves a run to itself."""
+    here = "it is being launched from this computer, which must stay on until it is RUNNING:"
     return (
-        "it goes on without this computer:\n"
+        f"{'it goes on without this computer:' if is_launched else here}\n"
         f"  make status RUN={run_url}\n"
         f"  make logs RUN={run_url}\n"
         f"  make down RUN={run_url}"
