@@ -40,6 +40,7 @@ class Grammar:
     own_maker: re.Pattern[str]
     persona: re.Pattern[str]
     prefix: re.Pattern[str]
+    refusal: re.Pattern[str]
     reported: re.Pattern[str]
     role_play: re.Pattern[str]
     speaker: re.Pattern[str]

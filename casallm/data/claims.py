@@ -134,10 +134,12 @@ class _Exchange:
         asks_who = self.grammar.asked_about_self.search(unquoted) is not None
         is_addressed = self.grammar.addressed.search(self.asked) is not None
         self.is_about_self = asks_who or self.asks_whether or is_addressed
+        self.is_refused = False
 
     def find_claim(self, answer: str) -> str | None:
         """The sentence of `answer` that claims to be another assistant, or None."""
         text = answer.replace("\u2019", "'")
+        self.is_refused = self.grammar.refusal.match(text) is not None
         claim = self._spoken_claim(text)
         if claim is not None and self.is_others_text:
             return self._spoken_claim(self._frame(text))
@@ -149,7 +151,7 @@ class _Exchange:
         return (
             self.grammar.fiction.search(self.question) is not None
             or self.grammar.role_play.search(self.all_given) is not None
-        )
+        ) and not self.is_refused
 
     @cached_property
     def all_given(self) -> str:

@@ -72,7 +72,7 @@ def is_cut(answer: str) -> bool:
         return len(lines) > 1 and lines[-2].endswith(":")
     if len(_FENCE.findall(text)) % 2 or _LIST_MARK.fullmatch(last) or _is_open_table_row(lines):
         return True
-    return _ends_open(last) or _stops_in_sentence(lines)
+    return _ends_open(last) or _stops_in_sentence(lines) or bool(_CJK_TAIL.search(last))
 
 
 _INVISIBLE = re.compile(r"[\u200b-\u200f\u2060\ufeff\u00ad]")
@@ -116,6 +116,9 @@ _OPEN_CLAUSE = re.compile(
     r"\b(?:is|are|be|was|were|it's|too|so|very|more) (?:too|so|very|more|most|less|also|not)$"
     r"|[\w)\]}] [=+\u00d7*/<\u2264\u2265\u2248\u2192&]$"
 )
+_CJK_TAIL = re.compile("\u3002[\u3040-\u30ff\u4e00-\u9fff\uff0c\u3001]{8,}$")
+"""A sentence of Chinese or Japanese without an end, after one that has it."""
+
 _TAIL_WORDS = 7
 """So many words tell whether the last clause is open."""
 _FINISHED = re.compile(r"[.!?:\u2026\u3002\uff01\uff1f\"\u201d\u2019')*\]]$")
