@@ -1,5 +1,6 @@
 """Packed batches: nothing lost, nothing twice, nothing leaks, and rows that are full."""
 
+import copy
 import itertools
 
 import numpy as np
@@ -316,3 +317,27 @@ def test_a_conversation_longer_than_a_row_is_refused_in_one_sentence():
 
     with pytest.raises(DataError, match=r"does not fit into rows of 2: build the mixture again"):
         make_loader(mixture)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_a_gpu_has_the_loss_and_the_gradients_of_the_cpu(model, compile_it):
+    loader = make_loader(make_mixture(12), epochs=1)
+    batch = next(iter(loader.batches(0)))
+    inputs = (batch.inputs_BT, batch.targets_BT, batch.positions_BT, batch.document_offsets)
+    here, there = TrainingLoss(model), TrainingLoss(copy.deepcopy(model).cuda())
+    module = torch.compile(there) if compile_it else there
+
+    expected = here(*inputs)
+    expected.backward()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = module(*(each.cuda() for each in inputs))
+    found.backward()
+
+    # bf16 keeps 8 bits
+    assert found.item() == pytest.approx(expected.item(), rel=0.02)
+    for mine, own in zip(there.parameters(), here.parameters(), strict=True):
+        scale = own.grad.abs().max().item()
+        torch.testing.assert_close(mine.grad.cpu(), own.grad, atol=0.05 * scale, rtol=0.05)
+    here.zero_grad()
+    loader.close()
