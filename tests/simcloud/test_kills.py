@@ -20,7 +20,7 @@ MACHINE = ["--preset", "tiny", "--gpu", "A100:8", "--region", "us-east-1", "--on
 
 @pytest.mark.skipif(not os.environ.get("CASALLM_E2E"), reason="takes long: `make e2e` runs it")
 def test_after_many_kills_of_the_launcher_one_down_leaves_nothing(bare_machines):
-    cloud, chance = bare_machines, random.Random(200)
+    cloud, chance = bare_machines, random.Random(int(os.environ.get("SEED", "200")))
     cloud.client("s3").create_bucket(Bucket="casallm-kills")
     cloud.sky("api", "start", timeout=300)
     cloud.sky("check", "aws", timeout=600)
