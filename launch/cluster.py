@@ -281,7 +281,7 @@ def _finish(request: Any, *, seconds: float, what: str) -> Any:
     sky = _sky()
     deadline, pause = time.monotonic() + seconds, 0.2
     with _explained():
-        while not _is_over(sky.api_status([request])):
+        while not _is_over(request):
             if time.monotonic() > deadline:
                 sky.api_cancel(request)
                 raise CloudError(
@@ -293,7 +293,13 @@ def _finish(request: Any, *, seconds: float, what: str) -> Any:
         return sky.get(request)
 
 
-def _is_over(records: list[Any]) -> bool:
+def _is_over(request: Any) -> bool:
+    """Whether the API server has ended the request; not yet, where the connection was lost."""
+    try:
+        records = _sky().api_status([request])
+    except OSError as error:
+        log.debug("SkyPilot's API server did not say: %s", error)
+        return False
     return not records or records[0].status in ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
@@ -302,7 +308,7 @@ def _explained() -> Iterator[None]:
     """Turn SkyPilot's exceptions into one sentence with the command that helps."""
     from sky import exceptions
 
-    anything_else: tuple[type[Exception], ...] = (RuntimeError, ValueError)
+    anything_else: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError)
     anything_else += _own_errors(exceptions)
     try:
         yield

@@ -25,7 +25,7 @@ def test_after_many_kills_of_the_launcher_one_down_leaves_nothing(bare_machines)
     cloud.sky("api", "start", timeout=300)
     cloud.sky("check", "aws", timeout=600)
     up_seconds, down_seconds = _seconds(cloud, _up()), _seconds(cloud, _down())
-    kills, rented = int(os.environ.get("KILLS", "200")), set()
+    kills, rented, kills_that_left = int(os.environ.get("KILLS", "200")), set(), 0
 
     for _ in range(kills):
         is_up = chance.random() < 0.7
@@ -34,13 +34,15 @@ def test_after_many_kills_of_the_launcher_one_down_leaves_nothing(bare_machines)
             _up() if is_up else _down(),
             chance.uniform(0, up_seconds if is_up else down_seconds),
         )
-        rented |= set(cloud.live_instances())
+        live = cloud.live_instances()
+        rented |= set(live)
+        kills_that_left += bool(live)
 
     done = cloud.launch(*_down(), timeout=1200)
     assert done.stdout.rstrip().endswith("nothing left")
     assert (cloud.live_instances(), cloud.live_volumes()) == ([], [])
-    assert len(rented) > kills / 20, "the kills came too early to leave anything"
-    result = {"kills": kills, "machines_rented": len(rented), "machines_left": 0}
+    assert kills_that_left > kills / 10, "the kills came too early to leave anything"
+    result = {"kills": kills, "kills_that_left": kills_that_left, "machines_rented": len(rented)}
     result |= {"up_seconds": up_seconds, "down_seconds": down_seconds}
     (cloud.folder / "kills.json").write_text(json.dumps(result))
 
