@@ -4,6 +4,7 @@ Nothing heavy is imported before a command needs it: `casallm --help` loads neit
 cloud library. Answers go to stdout; progress, notices and errors to stderr.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from casallm.config import build
 from casallm.errors import CasallmError, ConfigError
 
 if TYPE_CHECKING:
+    from casallm.train.dialogue import Dialogue
     from casallm.train.nodes import Place
     from casallm.train.stage import Request
 
@@ -172,19 +174,26 @@ def sample(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest continuation.")] = 100,
     seed: Annotated[int, typer.Option(min=0, help="Another seed, another text.")] = 0,
     is_chat: Annotated[
-        bool, typer.Option("--chat", help="Answer each prompt as a message of a chat.")
+        bool,
+        typer.Option("--chat", help="Answer each prompt; without one, talk until Ctrl-D."),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a prompt, or answer it, with the newest good checkpoint of a run."""
+    """Continue a prompt, answer it, or talk, with the newest good checkpoint of a run."""
     from casallm.inference.sampling import SamplingConfig
     from casallm.storage.store import open_store
+    from casallm.train.dialogue import Dialogue
     from casallm.train.run_place import run_url
-    from casallm.train.trained import answer_prompts, continue_prompts
+    from casallm.train.trained import answer_prompts, continue_prompts, load_trained
 
-    prompts = prompt or (["Hello!"] if is_chat else ["The"])
     sampling = build(SamplingConfig, {"temperature": temperature, "top_p": top_p, "seed": seed})
     store = open_store(run_url(run))
+    if is_chat and not prompt:
+        if as_json:
+            raise ConfigError("--chat --json answers prompts: add --prompt")
+        _talk(Dialogue(load_trained(store), max_new_tokens=max_new_tokens, sampling=sampling))
+        return
+    prompts = prompt or ["The"]
     reply = answer_prompts if is_chat else continue_prompts
     texts = reply(store, prompts, max_new_tokens=max_new_tokens, sampling=sampling)
     pairs = list(zip(prompts, texts, strict=True))
@@ -280,6 +289,23 @@ def report(run: RunArgument = None) -> None:
     store = open_store(run_url(run))
     write_report(store)
     print(f"{store.url}/report.html")
+
+
+def _talk(dialogue: "Dialogue") -> None:
+    """Answer what a person types, or each line of a pipe, until its end or Ctrl-C."""
+    is_person = sys.stdin.isatty()
+    if is_person:
+        import readline  # noqa: F401 - lets `input` edit the line and remember earlier ones
+    with contextlib.suppress(EOFError, KeyboardInterrupt):
+        while True:
+            text = input("> " if is_person else "").strip()
+            try:
+                for piece in dialogue.answer(text) if text else ():
+                    print(piece, end="", flush=True)
+            except ConfigError as error:
+                print(f"error: {error}", file=sys.stderr)
+            print(end="\n" if text else "")
+    print(end="\n" if is_person else "")
 
 
 def _place(node_rank: int, nodes: int, master_addr: str) -> "Place":
