@@ -5,6 +5,7 @@ cloud library. Answers go to stdout; progress, notices and errors to stderr.
 """
 
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -294,6 +295,8 @@ def report(run: RunArgument = None) -> None:
 def _talk(dialogue: "Dialogue") -> None:
     """Answer what a person types, or each line of a pipe, until its end or Ctrl-C."""
     is_person = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if is_person:
         import readline  # noqa: F401 - lets `input` edit the line and remember earlier ones
     with contextlib.suppress(EOFError, KeyboardInterrupt):

@@ -283,7 +283,8 @@ def _finish(request: Any, *, seconds: float, what: str) -> Any:
     with _explained():
         while not _is_over(request):
             if time.monotonic() > deadline:
-                sky.api_cancel(request)
+                with contextlib.suppress(OSError):
+                    sky.api_cancel(request)
                 raise CloudError(
                     f"{what} took longer than {seconds / 60:.0f} minutes and was given up: look at"
                     " `sky api logs`, then run the same command again"

@@ -269,8 +269,8 @@ def _words(current: cluster.Standing, job: str, progress: RunProgress) -> str:
 def _ended(progress: RunProgress, job: str, current: cluster.Standing) -> Ending:
     if progress.finished is not None:
         return Ending(True, progress.finished)
-    step = f"its last step was {progress.step:,}" if progress.step else "it never began"
-    said = progress.last or current.details or step
+    steps = f"its last step was {progress.step:,}" if progress.step else "it made no step"
+    said = progress.last or current.details or (steps if progress.attempts else "it never began")
     reason = f"the job ended ({job or 'its machines are gone'}): {said}"
     return Ending(False, reason, was_told=job.startswith("FAILED"))
 

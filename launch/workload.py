@@ -3,6 +3,7 @@
 The node settles the run's configuration; this is the same arithmetic without torch, for the plan.
 """
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def _data(request: LaunchRequest) -> tuple[DataKind, str]:
             f"DATA={data} is on this computer, where machines in a cloud cannot read it: run"
             f" `make prepare DATA={data} OUT={made}`, then launch with DATA={made}"
         )
-    return "documents", f"{request.bucket_url}/data/{source_name(data)}"
+    digest = hashlib.sha256(data.encode()).hexdigest()[:6]  # as two sources may share a name
+    return "documents", f"{request.bucket_url}/data/{source_name(data)}-{digest}"
 
 
 def _whole(settings: dict[str, Any], name: str) -> int:

@@ -36,10 +36,14 @@ class Packing:
         rows = pack_best_fit(lengths, capacity)
         self.n_rows = len(rows)
         self.fill_fraction = sum(lengths) / max(1, self.n_rows * capacity)
-        self.most_in_row = max(map(len, rows), default=0)
+        self._sizes = sorted((len(row) for row in rows), reverse=True)
         self._ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
         slots = np.array([each for row in rows for each in row], dtype=np.int64)
         self._slots_by_length = np.argsort(self._lengths[slots], kind="stable")
+
+    def most_in(self, n_rows: int) -> int:
+        """The most conversations that so many rows in a row hold, of one epoch or across two."""
+        return sum(sorted([*self._sizes, *self._sizes], reverse=True)[:n_rows])
 
     def rows(self, seed: int, epoch: int) -> list[Indices]:
         """The conversations in each row of an epoch: all of them, each once."""
@@ -108,6 +112,7 @@ class SftLoader:
         self._rank, self._world_size = rank, world_size
         self._seed, self._device = seed, device
         self._packing = _packing_of(mixture.train, self._width)
+        self._n_offsets = micro_batch_size + self._packing.most_in(micro_batch_size) + 1
         self.sequences_per_epoch = self._packing.n_rows
         self.fill_fraction = self._packing.fill_fraction
         self._n_rows = epochs * self._packing.n_rows
@@ -191,10 +196,8 @@ class SftLoader:
 
     def _offsets(self, starts: set[int]) -> torch.Tensor:
         """`starts` and the end, as many for every batch: a compiled model sees one shape."""
-        most = self._micro_batch_size * (1 + self._packing.most_in_row) + 1
-        offsets = np.full(
-            max(most, len(starts) + 1), self._micro_batch_size * self._width, dtype=np.int32
-        )
+        n_positions = self._micro_batch_size * self._width
+        offsets = np.full(max(self._n_offsets, len(starts) + 1), n_positions, dtype=np.int32)
         offsets[: len(starts)] = sorted(starts)
         return torch.from_numpy(offsets)
 

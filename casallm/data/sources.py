@@ -151,10 +151,13 @@ class BuiltinSource:
         return plan_units(list_files(str(scratch)), self.text_column)
 
 
+_SUFFIXES = re.compile(r"\.(?:parquet|(?:jsonl?|txt)(?:\.(?:gz|zst))?)$")
+
+
 def source_name(text: str) -> str:
     """A short name for documents: `org/name:config` and `s3://bucket/name/*.parquet` alike."""
     last = next((part for part in reversed(text.split("/")) if part and "*" not in part), "")
-    return re.sub(r"[^A-Za-z0-9_]+", "-", last.partition(".")[0]).strip("-") or "data"
+    return re.sub(r"[^A-Za-z0-9_]+", "-", _SUFFIXES.sub("", last)).strip("-") or "data"
 
 
 def open_source(text: str, *, text_column: str = "text") -> Source:

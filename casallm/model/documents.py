@@ -5,7 +5,7 @@ B * T. On a GPU, in half precision, FlashAttention's variable-length kernel take
 one launch (Dao 2023, arXiv 2307.08691). A CPU, whose kernel would score every pair of a row behind
 a mask, takes each document as a call of its own with the causal flag alone; as one custom operator,
 so that `torch.compile`, for which nothing may depend on values, keeps the model one graph. Full
-precision on a GPU has neither and uses the mask.
+precision on a GPU, an older one, and heads of odd widths have neither and use the mask.
 
 Shapes: B batch, H heads, T positions, K head width.
 """
@@ -17,6 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
+
+_VARLEN_CAPABILITY, _VARLEN_HEAD_WIDTHS = (8, 0), range(8, 257, 8)
+"""Of the GPU (Ampere and newer) and of a head: what the kernel takes."""
 
 _CAUSAL = (-1, 0)
 """FlashAttention's window: all keys to the left, none to the right."""
@@ -32,6 +35,19 @@ def attend_within_documents(
     if q_BHTK.is_cpu:
         return _attend(q_BHTK, k_BHTK, v_BHTK, document_offsets)[0]
     return attend_varlen(q_BHTK, k_BHTK, v_BHTK, document_offsets)
+
+
+def has_document_kernel(x: Tensor, d_head: int) -> bool:
+    """Whether documents are attended to without a mask where `x` is and in its type."""
+    if x.is_cpu:
+        return True
+    is_half = x.dtype in (torch.bfloat16, torch.float16)
+    return is_half and d_head in _VARLEN_HEAD_WIDTHS and _capability(x.device) >= _VARLEN_CAPABILITY
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def attend_varlen(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, offsets: Tensor) -> Tensor:

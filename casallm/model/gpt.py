@@ -27,7 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from casallm.estimate.architecture import ModelConfig
-from casallm.model.documents import attend_within_documents, document_mask
+from casallm.model.documents import (
+    attend_within_documents,
+    document_mask,
+    has_document_kernel,
+)
 from casallm.model.kv_cache import CacheRows
 
 ROPE_THETA = 10_000.0
@@ -84,7 +88,7 @@ class GPT(nn.Module):
         """The normalised residual stream (BTD) behind the last block."""
         mask = None
         x_BTD = _to_compute_type(self.embedding(tokens_BT))
-        if document_offsets is not None and not x_BTD.is_cpu and x_BTD.dtype == torch.float32:
+        if document_offsets is not None and not has_document_kernel(x_BTD, self.config.d_head):
             mask, document_offsets = document_mask(document_offsets, *tokens_BT.shape), None
         if cache is not None:
             positions_BT, mask = cache.positions_BT, cache.mask_B1TS

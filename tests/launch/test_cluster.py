@@ -31,7 +31,7 @@ def server(monkeypatch):
             StatusRefreshMode=SimpleNamespace(AUTO=None),
             status=lambda *_, **__: "a request",
             api_status=api_status,
-            api_cancel=lambda _: None,
+            api_cancel=api_status,
             get=lambda _: [UP],
         )
         monkeypatch.setattr(cluster, "_sky", lambda: fake)

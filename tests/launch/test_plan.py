@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,13 +159,21 @@ def test_documents_of_this_computer_go_into_a_bucket_first(plan_of, tmp_path, mo
     "data", ["org/fine:web", "s3://b/fine-web/*.parquet", "s3://b/fine-web.jsonl.gz"]
 )
 def test_the_shards_of_documents_get_a_name_that_every_store_takes(plan_of, data):
-    assert plan_of(data=data, bucket="s3://ours").workload.data_url == "s3://ours/data/fine-web"
+    url = plan_of(data=data, bucket="s3://ours").workload.data_url
+
+    assert re.fullmatch(r"s3://ours/data/fine-web-[0-9a-f]{6}", url)
+
+
+def test_two_sources_never_share_their_shards(plan_of):
+    sources = ("wiki/pedia:20231101.en", "wiki/pedia:20231101.de", "a/corpus", "b/corpus")
+
+    assert len({plan_of(data=data).workload.data_url for data in sources}) == len(sources)
 
 
 def test_documents_are_prepared_into_the_bucket_first(plan_of):
     plan = plan_of(data="fineweb-edu", bucket="s3://ours")
 
-    assert plan.workload.data_url == "s3://ours/data/fineweb-edu"
+    assert plan.workload.data_url == "s3://ours/data/fineweb-edu-6efebf"
     assert any(item.name == "data preparation" for item in plan.items())
 
 

@@ -84,7 +84,7 @@ def test_a_run_that_names_its_bucket_is_kept_there_and_nowhere_else(account, pla
     plan = plan_of(run="s3://new-one/x", data="fineweb-edu")
 
     assert check_bucket(plan).bucket_to_create == "new-one us-east-1"
-    assert plan.workload.data_url == "s3://new-one/data/fineweb-edu"
+    assert plan.workload.data_url == "s3://new-one/data/fineweb-edu-6efebf"
 
 
 def test_the_default_bucket_carries_the_number_of_the_account(account, plan_of):

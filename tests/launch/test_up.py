@@ -49,7 +49,7 @@ def test_shards_of_a_bucket_are_trained_on_by_their_url(plan_of):
     made = train_task(plan_of(data="org/name:sample", bucket="s3://ours"), {})
 
     assert there["envs"]["DATA"] == "s3://ours/data/fineweb"
-    assert made["envs"]["DATA"] == "s3://ours/data/name-sample"
+    assert made["envs"]["DATA"] == "s3://ours/data/name-sample-c55b24"
 
 
 def test_documents_are_prepared_with_the_vocabulary_of_the_model(plan_of):
@@ -58,7 +58,7 @@ def test_documents_are_prepared_with_the_vocabulary_of_the_model(plan_of):
     task = prepare_task(plan, KEYS)
 
     assert task["envs"]["DATA"] == "fineweb-edu"
-    assert task["envs"]["OUT"] == "s3://ours/data/fineweb-edu"
+    assert task["envs"]["OUT"] == "s3://ours/data/fineweb-edu-6efebf"
     assert task["envs"]["VOCAB_SIZE"] == "4096"
     assert "WANDB_API_KEY" not in task["secrets"]
 

@@ -178,6 +178,7 @@ def test_a_budget_ends_the_run_annealed_and_on_budget(documents):
         "budget.usd=0.5",
         "budget.usd_per_hour=36",
         "log.every_steps=5",
+        "schedule.warmup_fraction=0.0001",
     )
 
     done = run.start(*settings, "checkpoint.every_steps=500").wait_for_exit()
