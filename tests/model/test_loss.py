@@ -93,7 +93,7 @@ def test_token_losses_stand_where_their_targets_do(model, tokens_BT, targets_BT)
 
 @torch.no_grad()
 def test_documents_and_positions_reach_the_model(model, tokens_BT, targets_BT):
-    halves = (torch.arange(40) // 20).expand(3, -1)
+    halves = torch.arange(0, 121, 20, dtype=torch.int32)
     positions = (torch.arange(40) % 20).expand(3, -1)
 
     packed = token_losses(model, tokens_BT, targets_BT, positions, halves)

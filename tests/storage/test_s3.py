@@ -120,7 +120,7 @@ def test_a_bit_flipped_on_the_way_up_is_sent_again(s3: Bucket, small_parts: None
 
 def test_damage_at_rest_is_told_from_damage_on_the_way(s3: Bucket, tmp_path: Path):
     store = s3.store()
-    data = noise(1000)
+    data = noise(100_000)  # the same bit is not hit twice
     store.write("x", data)
     sha256 = hashlib.sha256(data).hexdigest()
 
@@ -128,7 +128,7 @@ def test_damage_at_rest_is_told_from_damage_on_the_way(s3: Bucket, tmp_path: Pat
     with pytest.raises(StoreError, match="arrived damaged each time: the network or the memory"):
         store.get("x", tmp_path / "x", sha256=sha256)
     s3.proxy.decide = lambda method, path: None
-    s3.direct().write("x", noise(1000, seed=1))
+    s3.direct().write("x", noise(100_000, seed=1))
     with pytest.raises(StoreDamagedError, match="is damaged where it lies"):
         store.get("x", tmp_path / "x", sha256=sha256)
 
