@@ -250,7 +250,7 @@ class _Exchange:
         signature = _SIGNATURE.search(text)
         if signature is None:
             return None
-        mark = mark_assistants(signature["name"], self.own)
+        mark = self._marked(signature["name"])
         is_called = signature["name"].casefold() in self.question.casefold()
         is_claim = mark == NAME and not is_called
         is_claim |= mark == MAYBE_NAME and is_called and not self.is_fiction

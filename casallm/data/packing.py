@@ -36,8 +36,8 @@ class Packing:
         rows = pack_best_fit(lengths, capacity)
         self.n_rows = len(rows)
         self.fill_fraction = sum(lengths) / max(1, self.n_rows * capacity)
-        self._sizes = sorted((len(row) for row in rows), reverse=True)
-        self._ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+        self._sizes = [len(row) for row in rows]
+        self._ends = np.cumsum(self._sizes, dtype=np.int64)
         slots = np.array([each for row in rows for each in row], dtype=np.int64)
         self._slots_by_length = np.argsort(self._lengths[slots], kind="stable")
 

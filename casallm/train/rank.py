@@ -76,7 +76,7 @@ def _train(spec: Spec, control: Control) -> None:
     micro_batch = micro_batch_size(config, machine, world)
     feed = OPEN_FEED[config.stage](Path(spec.data_directory), config, world, micro_batch)
     try:
-        outcome = _train_on(feed, spec, world, control)
+        outcome = _train_on(feed, spec, config, world, control)
     except torch.OutOfMemoryError as error:
         raise TrainingError(_out_of_memory(error, micro_batch)) from None
     feed.loader.close()
@@ -84,8 +84,8 @@ def _train(spec: Spec, control: Control) -> None:
         control.write_outcome(outcome)
 
 
-def _train_on(feed: Feed, spec: Spec, world: World, control: Control) -> Outcome:
-    config, machine = build(RunConfig, spec.config), Machine(**spec.machine)
+def _train_on(feed: Feed, spec: Spec, config: RunConfig, world: World, control: Control) -> Outcome:
+    machine = Machine(**spec.machine)
     model = build_gpt(
         config.model, config.train.context_length, seed=config.train.seed, device=world.device
     )
