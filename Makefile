@@ -76,7 +76,8 @@ prepare: .venv/.installed-train,data ## turn documents (DATA=) into shards (OUT=
 estimate-cost: .venv/.installed-core ## hours and dollars, with a range, by offer (PARAMS=1.2B or BUDGET=100)
 	$(CASALLM) estimate $(if $(PARAMS),--params $(PARAMS)) $(if $(PRESET),--preset $(PRESET)) \
 	  $(if $(TOKENS),--tokens $(TOKENS)) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) \
-	  $(if $(REGION),--region $(REGION)) $(if $(filter 0,$(SPOT)),--on-demand) \
+	  $(if $(filter-out local,$(CLOUD)),--cloud $(CLOUD)) $(if $(REGION),--region $(REGION)) \
+	  $(if $(filter 0,$(SPOT)),--on-demand) $(if $(filter 1,$(SPOT)),--spot) \
 	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEADLINE),--deadline $(DEADLINE))
 
 report: .venv/.installed-train,data ## write the report of a run again

@@ -15,6 +15,7 @@ _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SECONDS = {"S": 1.0, "M": 60.0, "MIN": 60.0, "H": 3600.0, "D": 86400.0}
 _NUMBER = re.compile(r"\s*([-+]?[\d_,]*\.?\d+(?:[eE][-+]?\d+)?)\s*([A-Za-z]*)\s*$")
+_DECIMAL_COMMA = re.compile(r",(?!\d{3}(?!\d))")
 
 
 def parse_count(text: str | int | float, *, what: str = "count") -> int:
@@ -26,6 +27,8 @@ def parse_count(text: str | int | float, *, what: str = "count") -> int:
             f" {number:g}B"
         )
     value = round(number * _COUNT[suffix.upper()])
+    if value > 0 and not suffix and number != value:
+        raise ConfigError(f"{what} is {text}, which is no whole number: did you mean {text}B?")
     if value <= 0:
         raise ConfigError(f"{what} is {text}, but must be positive, as in 350M or 1.2B")
     return value
@@ -95,6 +98,9 @@ def _split(text: str, what: str, *, example: str) -> tuple[float, str]:
     match = _NUMBER.match(text)
     if not match:
         raise ConfigError(f"{what} {text!r} is not a number: write it as {example}")
+    if _DECIMAL_COMMA.search(match[1]):
+        point = text.replace(",", ".")
+        raise ConfigError(f"{what} {text!r} has a comma for a decimal point: write it as {point}")
     number = float(match[1].replace("_", "").replace(",", ""))
     if not math.isfinite(number):
         raise ConfigError(f"{what} {text!r} is too large: write it as {example}")

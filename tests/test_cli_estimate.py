@@ -76,6 +76,31 @@ def test_clouds_regions_and_ways_of_renting_narrow_the_search():
     assert {(o["cloud"], o["region"], o["spot"]) for o in offers} == {("aws", "us-east-1", True)}
 
 
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ("PARAMS=1.2B", "--params 1.2B"),
+        ("PARAMS=-3", "--params -3"),
+        ("PARAMS=1.2B CLOUD=local SPOT=1", "--params 1.2B --spot"),
+        ("PRESET=350m CLOUD=aws SPOT=0", "--preset 350m --cloud aws --on-demand"),
+        (
+            "BUDGET=100 DEADLINE=24h REGION=us-east-1 GPU=A100:8 NODES=2 TOKENS=1B",
+            "--tokens 1B --gpu A100:8 --nodes 2 --region us-east-1 --budget 100 --deadline 24h",
+        ),
+    ],
+)
+def test_make_passes_every_variable_on(variables: str, options: str):
+    shown = subprocess.run(
+        ["make", "--dry-run", "--silent", "estimate-cost", *variables.split()],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.replace("\\\n", " ")
+
+    assert shown.split(" estimate ")[-1].split() == options.split()
+
+
 def test_a_bare_gpu_is_any_number_of_it():
     offers = ask("--params", "350M", "--gpu", "A100", "--on-demand")["offers"]
 

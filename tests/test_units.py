@@ -38,6 +38,18 @@ def test_an_unknown_multiplier_is_named():
     )
 
 
+def test_a_number_that_lacks_its_multiplier_gets_one():
+    with pytest.raises(ConfigError, match=r"is 1\.2, which is no whole number: did you mean 1\.2B"):
+        parse_count("1.2", what="params")
+
+
+def test_a_decimal_comma_is_not_taken_for_thousands():
+    with pytest.raises(ConfigError, match=r"has a comma for a decimal point: write it as 1\.2B"):
+        parse_count("1,2B", what="params")
+    assert parse_count("1,200,000") == 1_200_000
+    assert parse_usd("$1,500.50") == 1500.5
+
+
 @given(st.integers(1, 10**15))
 def test_a_formatted_count_is_within_half_a_percent_of_itself(count):
     assert parse_count(format_count(count)) == pytest.approx(count, rel=0.006)
