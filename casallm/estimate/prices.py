@@ -11,6 +11,7 @@ and exactly a tenth of it. They are unknown here, not cheap.
 import csv
 import datetime
 import json
+import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -22,6 +23,8 @@ from casallm.config import nearest
 from casallm.errors import ConfigError
 from casallm.estimate.hardware import GPUS, Hardware
 
+log = logging.getLogger(__name__)
+
 SNAPSHOT_COLUMNS = ("cloud", "regions", "zone", "instance", "gpu", "n_gpus", "on_demand", "spot")
 
 STALE_DAYS = 30
@@ -30,11 +33,23 @@ STALE_DAYS = 30
 GIVEN = "given"
 """The cloud of a machine whose price was given by hand: only its own hours are counted."""
 
-ETHERNET_BANDWIDTH = 12.5e9
-"""Bytes a second between nodes of machines that are not sold for more (100 Gbit/s)."""
+ETHERNET_GBITS = 100.0
+"""Gbit/s between nodes of machines of which nothing else is known here."""
 
-_NODE_BANDWIDTH = {"p3dn": 12.5e9, "p4d": 50e9, "p4de": 50e9, "p5": 400e9, "p5en": 400e9}
-"""Bytes a second between nodes of AWS's machines (100, 400 and 3,200 Gbit/s)."""
+NODE_GBITS = {
+    "p3.2xlarge": 2.5, "p3.8xlarge": 10, "p3.16xlarge": 25, "p3dn": 100,
+    "p4d": 400, "p4de": 400, "p5.4xlarge": 100, "p5": 3200, "p5e": 3200, "p5en": 3200,
+    "p6-b200": 3200, "p6-b300": 6400,
+    "g4dn.xlarge": 5, "g4dn.2xlarge": 10, "g4dn.4xlarge": 20, "g4dn": 50, "g4dn.metal": 100,
+    "g5.xlarge": 2.5, "g5.2xlarge": 5, "g5.4xlarge": 10, "g5": 25, "g5.12xlarge": 40,
+    "g5.24xlarge": 50, "g5.48xlarge": 100,
+    "g6.xlarge": 2.5, "g6.2xlarge": 5, "g6.4xlarge": 10, "g6": 25, "g6.12xlarge": 40,
+    "g6.24xlarge": 50, "g6.48xlarge": 100,
+    "g6e.xlarge": 2.5, "g6e.2xlarge": 5, "g6e.4xlarge": 20, "g6e": 25, "g6e.12xlarge": 100,
+    "g6e.16xlarge": 35, "g6e.24xlarge": 200, "g6e.48xlarge": 400,
+}  # fmt: skip
+"""Gbit/s between AWS's machines, by instance or else by family, all adapters together: what its API
+calls NetworkPerformance, and the baseline where that is "up to" a burst."""
 
 _GCP_HOSTS = {
     "A100": "a2-highgpu-{}g",
@@ -67,7 +82,8 @@ class Offer:
         """Bytes a second to another of its kind; None: as usual for the GPU."""
         if self.cloud == GIVEN:
             return None
-        return _NODE_BANDWIDTH.get(self.instance.split(".")[0], ETHERNET_BANDWIDTH)
+        family = NODE_GBITS.get(self.instance.split(".")[0], ETHERNET_GBITS)
+        return NODE_GBITS.get(self.instance, family) * 1e9 / 8
 
 
 @dataclass(frozen=True)
@@ -111,27 +127,38 @@ def load_snapshot() -> Prices:
 
 
 def read_catalog(catalog: Path) -> Prices | None:
-    """The offers of one SkyPilot catalog directory; None where it holds no known GPU."""
-    files = sorted(catalog.glob("*/vms.csv"))
+    """The offers of one SkyPilot catalog directory; None where it holds no known GPU.
+
+    It is as old as the oldest of its files: SkyPilot renews those of the clouds that are used.
+    """
     offers: list[Offer] = []
-    for path in files:
-        with path.open(encoding="utf-8", newline="") as file:
-            offers.extend(parse_catalog(path.parent.name, csv.DictReader(file)))
+    read_at: list[float] = []
+    for path in sorted(catalog.glob("*/vms.csv")):
+        try:
+            with path.open(encoding="utf-8", newline="") as file:
+                found = parse_catalog(path.parent.name, csv.DictReader(file))
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            log.warning("prices in %s are left out, it cannot be read: %s", path, error)
+            continue
+        if found:
+            offers.extend(found)
+            read_at.append(path.stat().st_mtime)
     if not offers:
         return None
-    newest = max(path.stat().st_mtime for path in files)
-    day = datetime.datetime.fromtimestamp(newest, datetime.UTC).date()
+    day = datetime.datetime.fromtimestamp(min(read_at), datetime.UTC).date()
     return Prices(tuple(offers), day, "SkyPilot catalog")
 
 
 def parse_catalog(cloud: str, rows: Iterable[Mapping[str, str]]) -> list[Offer]:
     """One offer for every machine and region among `rows`, spot at its cheapest zone."""
     best: dict[tuple[str, str, str], Offer] = {}
-    hosts: dict[tuple[str, str], Mapping[str, str]] = {}
+    rows = list(rows)
+    hosts = {
+        (row.get("InstanceType") or "", row.get("AvailabilityZone") or ""): row
+        for row in rows
+        if cloud == "gcp" and not row.get("AcceleratorName")
+    }
     for row in rows:
-        if cloud == "gcp" and not row.get("AcceleratorName"):
-            hosts[row["InstanceType"], row.get("AvailabilityZone") or ""] = row
-            continue
         offer = _offer(cloud, row, hosts)
         if offer is None:
             continue
@@ -175,13 +202,18 @@ def choose_offers(
     if hardware:
         family = (hardware.name, f"{hardware.name}-PCIE")
         offers = [offer for offer in offers if offer.hardware.name in family]
+    sold = sorted({offer.n_gpus for offer in offers})
     if n_gpus:
         offers = [offer for offer in offers if offer.n_gpus == n_gpus]
     if not offers:
-        wanted = f"{n_gpus or ''}x{hardware.name}" if hardware else "machine"
+        wanted = hardware.name if hardware else "a machine"
+        wanted += f":{n_gpus}" if hardware and n_gpus else ""
+        other = "ask for another GPU, cloud or region"
+        if sold:
+            other = f"it is sold by {', '.join(map(str, sold))}"
         raise ConfigError(
-            f"no price is known for {wanted.lstrip('x')} there ({prices.source} of {prices.as_of}):"
-            " give one with --price-per-gpu-hour, or ask for another GPU, cloud or region"
+            f"no price is known for {wanted} ({prices.source} of {prices.as_of}): {other}, or give"
+            " a price with --price-per-gpu-hour"
         )
     return offers
 

@@ -1,7 +1,9 @@
 import csv
 import datetime
+import gzip
 import io
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from casallm.errors import ConfigError
 from casallm.estimate import prices
 from casallm.estimate.hardware import GPUS
 from casallm.estimate.prices import (
+    Offer,
     cheapest_regions,
     choose_offers,
     load_prices,
@@ -71,12 +74,13 @@ def test_a_tenth_of_the_sister_machines_price_is_a_placeholder_too():
     assert [offer.spot for offer in offers] == [None, None]
 
 
-def test_gcp_adds_the_gpus_to_the_machine():
-    (offer,) = parse(
-        "gcp",
+@pytest.mark.parametrize("order", [1, -1])
+def test_gcp_adds_the_gpus_to_the_machine_in_either_order(order: int):
+    rows = (
         "a2-highgpu-8g,,,7.0,3.0,us-central1,us-central1-a,",
         ",A100,8.0,20.0,9.0,us-central1,us-central1-a,",
     )
+    (offer,) = parse("gcp", *rows[::order])
 
     assert (offer.instance, offer.on_demand, offer.spot) == ("a2-highgpu-8g", 27.0, 12.0)
 
@@ -100,6 +104,75 @@ def test_the_users_catalog_comes_before_the_snapshot(tmp_path: Path):
 
     assert found.source == "SkyPilot catalog"
     assert [offer.on_demand for offer in found.offers] == [12.5]
+
+
+def write_catalog(home: Path, schema: str, cloud: str, content: bytes, age_days: float = 0) -> None:
+    path = home / ".sky" / "catalogs" / schema / cloud / "vms.csv"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    then = datetime.datetime(2026, 11, 20, tzinfo=datetime.UTC).timestamp() - age_days * 86_400
+    os.utime(path, (then, then))
+
+
+GOOD = f"{HEADER}\np4d.24xlarge,A100,8.0,12.5,,us-east-1,use1-az1,\n".encode()
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        b"",
+        b"\xff\xfe\x00nonsense\x00\n",
+        b"name,cost\np4d,21.96\n",
+        b"InstanceType,AcceleratorName,AcceleratorCount\np4d.24xlarge,A100,8\n",
+        f"{HEADER}\np4d.24xlarge,A100\n".encode(),
+        f"{HEADER}\np4d.24xlarge,A100,eight,cheap,-1,us-east-1,use1-az1,\n".encode(),
+        b'"' + b"x" * 200_000,
+    ],
+    ids=["empty", "binary", "other columns", "no prices", "short row", "no numbers", "no end"],
+)
+def test_a_broken_catalog_is_passed_over(tmp_path: Path, broken: bytes):
+    write_catalog(tmp_path, "v9", "aws", broken)
+
+    assert load_prices(tmp_path) == load_snapshot()
+
+    write_catalog(tmp_path, "v8", "aws", GOOD)
+
+    assert [offer.on_demand for offer in load_prices(tmp_path).offers] == [12.5]
+
+
+def test_a_broken_file_costs_only_its_own_cloud_and_is_named(tmp_path: Path, caplog):
+    write_catalog(tmp_path, "v8", "aws", GOOD)
+    write_catalog(tmp_path, "v8", "lambda", b"\xff\xfe\x00")
+
+    assert {offer.cloud for offer in load_prices(tmp_path).offers} == {"aws"}
+    assert "lambda/vms.csv are left out, it cannot be read" in caplog.text
+
+
+def test_a_catalog_is_as_old_as_the_oldest_of_its_files(tmp_path: Path):
+    write_catalog(tmp_path, "v8", "aws", GOOD, age_days=50)
+    write_catalog(tmp_path, "v8", "lambda", GOOD)
+    write_catalog(tmp_path, "v8", "azure", b"no prices", age_days=99)
+
+    assert load_prices(tmp_path).as_of == datetime.date(2026, 10, 1)
+
+
+def test_aws_sells_the_links_that_are_counted():
+    """Against what DescribeInstanceTypes answers, as moto keeps it."""
+    moto = pytest.importorskip("moto")
+    path = Path(moto.__file__).parent / "ec2" / "resources" / "instance_types.json.gz"
+    published = json.loads(gzip.decompress(path.read_bytes()))
+    known = [name for name in published if name.split(".")[0] in prices.NODE_GBITS]
+
+    assert len(known) > 30
+    for name in known:
+        network = published[name]["NetworkInfo"]
+        text = network["NetworkPerformance"]
+        count, _, each = text.removesuffix(" Gigabit").rpartition("x ")
+        gbits = network["NetworkCards"][0].get("BaselineBandwidthInGbps")
+        if not text.startswith("Up to"):
+            gbits = float(each) * int(count or 1)
+        one = Offer("aws", "us-east-1", "", name, GPUS["A10G"], 1, 1.0, None)
+        assert one.node_bandwidth == gbits * 1e9 / 8, name
 
 
 def test_without_a_catalog_the_snapshot_answers(tmp_path: Path):
@@ -156,5 +229,7 @@ def test_nothing_that_matches_is_a_sentence(few_prices):
         choose_offers(few_prices, cloud="awz")
     with pytest.raises(ConfigError, match="region 'us-est-1', did you mean us-east-1"):
         choose_offers(few_prices, region="us-est-1")
-    with pytest.raises(ConfigError, match=r"no price is known for 2xA100 .*--price-per-gpu-hour"):
+    with pytest.raises(ConfigError, match=r"price is known for A100:2 .* is sold by 1, 8, or give"):
         choose_offers(few_prices, hardware=GPUS["A100"], n_gpus=2)
+    with pytest.raises(ConfigError, match=r"for L4 .* another GPU, cloud .*--price-per-gpu-hour"):
+        choose_offers(few_prices, hardware=GPUS["L4"])
