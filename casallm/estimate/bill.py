@@ -17,7 +17,7 @@ from casallm.units import format_bytes, format_count, format_usd
 BUCKET_CLOUD = "aws"
 """Where the bucket is; reading from it elsewhere costs egress."""
 
-_PREPARE_TOKENS_PER_SECOND, _PREPARE_USD_PER_HOUR = 1e6, 0.768
+_PREPARE_TOKENS_PER_SECOND, PREPARE_USD_PER_HOUR = 1e6, 0.768
 """Tokenizing on 16 cores (m6i.4xlarge) in its own job, before the GPUs are rented."""
 
 _CONTROLLER_USD_PER_HOUR, _CONTROLLER_IDLE_HOURS = 0.192, 1 / 6
@@ -73,7 +73,7 @@ def _services(job: Job, hours: Hours) -> dict[str, Floats]:
     """What is billed beside the machine."""
     once = np.ones_like(hours.train)
     prepare_hours = job.tokens / _PREPARE_TOKENS_PER_SECOND / 3600
-    amounts = {"data preparation": prepare_hours * _PREPARE_USD_PER_HOUR * once}
+    amounts = {"data preparation": prepare_hours * PREPARE_USD_PER_HOUR * once}
     if job.offer.cloud in _DISK_CLOUDS:
         disk_usd_per_hour = _DISK_GB * _DISK_USD_PER_GB_MONTH / _HOURS_PER_MONTH
         amounts["disk"] = hours.paid * disk_usd_per_hour * job.setup.n_nodes
@@ -104,7 +104,7 @@ def _sources(job: Job, hours: Hours) -> dict[str, str]:
         f" {hours.wait[0]:.1f} h of waiting are not billed",
         "sft": f"{format_count(job.sft_tokens)} tokens at {rate} (default recipe)",
         "data preparation": f"{format_count(job.tokens)} tokens at"
-        f" {format_count(_PREPARE_TOKENS_PER_SECOND)}/s on 16 cores x ${_PREPARE_USD_PER_HOUR}/h",
+        f" {format_count(_PREPARE_TOKENS_PER_SECOND)}/s on 16 cores x ${PREPARE_USD_PER_HOUR}/h",
         "disk": f"{_DISK_GB} GB x {job.setup.n_nodes} x ${_DISK_USD_PER_GB_MONTH}/GB-month (gp3)",
         "object storage": f"{format_bytes(_stored_bytes(job))} for a month x"
         f" ${_STORAGE_USD_PER_GB_MONTH}/GB-month (S3)",
