@@ -206,16 +206,17 @@ def _show(answer: "Estimate", *, explain: bool, as_json: bool, plot: Path | None
 def _print(answer: "Estimate", *, explain: bool) -> None:
     """Plain text of 100 columns; on a terminal the table in colour, as wide as it is."""
     from casallm.estimate import answer as form
+    from casallm.estimate.explain import format_explain
 
     if not sys.stdout.isatty():
-        text = form.format_explain(answer) if explain else form.format_table(answer)
+        text = format_explain(answer) if explain else form.format_table(answer)
         typer.echo(text)
         return
     from rich.console import Console
 
     console = Console(highlight=False)
     if explain:
-        typer.echo(form.format_explain(answer, width=console.width))
+        typer.echo(format_explain(answer, width=console.width))
         return
     console.print(form.heading(answer, width=console.width) + "\n", markup=False)
     console.print(form.rich_table(answer, width=console.width))

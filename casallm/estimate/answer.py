@@ -1,4 +1,4 @@
-"""An estimate as people and programs read it: a table, its arithmetic step by step, JSON.
+"""An estimate as people and programs read it: a table and JSON.
 
 The recommended offer comes first, with one sentence why. Text is plain and fits the given width;
 `rich_table` is the same table for a terminal. Nothing here prints.
@@ -6,14 +6,15 @@ The recommended offer comes first, with one sentence why. Text is plain and fits
 
 import datetime
 import textwrap
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from casallm.estimate.cost import Interval
 from casallm.estimate.estimator import PRICE_GIVEN, Estimate, OfferEstimate
-from casallm.estimate.layout import fits_ddp, most_sequences, setup_memory
+from casallm.estimate.layout import fits_ddp, setup_memory
 from casallm.estimate.prices import STALE_DAYS
 from casallm.estimate.scaling import FINEWEB_EDU_TOKENS, loss_range
-from casallm.estimate.throughput import PRUDENCE, Setup, step_time
+from casallm.estimate.throughput import Setup, step_time
 from casallm.units import format_bytes, format_count, format_usd
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def format_table(
         cells = [row[0].ljust(widths[0])]
         cells += [cell.rjust(size) for cell, size in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
-    lines += ["", *(_wrap(note, width) for note in notes(estimate, today=today))]
+    lines += ["", *(wrap(note, width) for note in notes(estimate, today=today))]
     return "\n".join(lines)
 
 
@@ -78,12 +79,7 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
     p4d = next((e for e in estimate.offers if _is_p4d_on_demand(e)), None)
     if p4d is not None and estimate.total_flops >= _WORTH_COMPARING:
         found.append(_explain_old_price(estimate, p4d))
-    if estimate.request.is_own and not estimate.offers[0].is_ddp:
-        found.append(
-            "The figures are for a state that is sharded over the GPUs, which casallm's trainer"
-            " does not do."
-        )
-    found += _doubts(estimate)
+    found += doubts(estimate)
     if estimate.tokens > FINEWEB_EDU_TOKENS:
         found.append(
             f"{format_count(estimate.tokens)} tokens are more than FineWeb-Edu's"
@@ -95,9 +91,14 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
     return found
 
 
-def _doubts(estimate: Estimate) -> list[str]:
-    """What speaks against the recommended machine."""
+def doubts(estimate: Estimate) -> list[str]:
+    """What speaks against the recommended machine, or against casallm on it."""
     setup, found = estimate.offers[0].job.setup, []
+    lacking = _what_casallm_lacks(setup)
+    if estimate.request.is_own and lacking:
+        found.append(
+            f"The figures are those of another program: casallm's own trainer has no {lacking}."
+        )
     needed, memory = setup_memory(setup).total, setup.hardware.memory_bytes
     if needed > memory:
         found.append(
@@ -110,39 +111,23 @@ def _doubts(estimate: Estimate) -> list[str]:
             f"One optimizer step takes {format_count(step)} tokens, more than the whole run: ask"
             " for more tokens, or fewer GPUs."
         )
+    if setup.sharding == "ddp" and setup.n_nodes > 1:
+        alone = step_time(replace(setup, n_nodes=1)).tokens_per_second
+        if step_time(setup).tokens_per_second < alone:
+            found.append(
+                f"{setup.n_nodes} of these machines are slower than one: the network between them"
+                " holds them back."
+            )
     return found
 
 
-def format_explain(estimate: Estimate, *, width: int = 100) -> str:
-    """The arithmetic of the recommended offer, line by line."""
-    best = estimate.offers[0]
-    job, bill, setup = best.job, best.bill, best.job.setup
-    gflop = estimate.flops_per_token / 1e9
-    hours = estimate.tokens / job.rate.p50 / 3600
-    shards = "every GPU holds the whole model" if best.is_ddp else "the state is sharded"
-    lines = [
-        f"{best.name}, recommended: {estimate.reason}.",
-        "",
-        f"Work      {format_count(estimate.n_params)} parameters: {_shape(estimate)}",
-        f"          {gflop:.3f} GFLOP a token = 6 x matrix weights + 12 x layers x width x context",
-        f"          x {format_count(estimate.tokens)} tokens = {estimate.total_flops:.3g} FLOP",
-        f"Machine   {setup.n_gpus} x {setup.hardware.name},"
-        f" {setup.hardware.peak_flops / 1e12:.0f} TFLOP/s peak each, of which large products"
-        f" sustain {setup.hardware.sustained_fraction:.0%}",
-        f"Layout    micro-batch {setup.micro_batch_size} x {setup.context_length} tokens, global"
-        f" batch {setup.global_batch_size}, recompute {setup.recompute}; {shards}",
-        *_explain_memory(best.job.setup),
-        *_explain_rate(estimate),
-        f"Hours     {format_count(estimate.tokens)} / {format_count(job.rate.p50)} tokens/s ="
-        f" {hours:.1f} h of training; {bill.hours.p50:.1f} h all in, goodput {bill.goodput:.1%}",
-        "Bill",
-    ]
-    size = max(len(item.name) for item in bill.items)
-    for item in bill.items:
-        lines.append(f"  {item.name:{size}}  {item.usd:10,.2f}  {item.source}")
-    lines.append(f"  {'total':{size}}  {bill.usd.p50:10,.2f}  {_range(bill.usd)}")
-    lines += [f"But       {doubt}" for doubt in _doubts(estimate)]
-    return "\n".join(_wrap(line, width, indent=10) for line in lines)
+def _what_casallm_lacks(setup: Setup) -> str:
+    lacking = {
+        "state sharded over the GPUs": setup.sharding != "ddp",
+        "recomputation of activations": setup.recompute != "none",
+        "fp8": setup.precision == "fp8",
+    }
+    return " and no ".join(name for name, is_needed in lacking.items() if is_needed)
 
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
@@ -165,6 +150,21 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
     }
 
 
+def usd_range(usd: Interval) -> str:
+    """Eight of ten runs, in dollars."""
+    return f"{format_usd(usd.p10)} to {format_usd(usd.p90)}"
+
+
+def wrap(text: str, width: int, *, indent: int = 0) -> str:
+    """`text` in lines of at most `width`; a table's spaces are kept while it fits."""
+    if len(text) <= width:
+        return text
+    lines = textwrap.wrap(
+        text, width, subsequent_indent=" " * indent, drop_whitespace=True, break_long_words=False
+    )
+    return "\n".join(lines)
+
+
 def _heading(estimate: Estimate, width: int) -> str:
     best = estimate.offers[0]
     ratio = estimate.tokens / estimate.n_params
@@ -176,9 +176,9 @@ def _heading(estimate: Estimate, width: int) -> str:
     where = f" in {best.job.offer.region}" if best.job.offer.region else ""
     advice = (
         f"Recommended: {best.name}{where}, {format_usd(best.bill.usd.p50)}"
-        f" ({_range(best.bill.usd)}) and {_hours(best.bill.hours.p50)} h; {estimate.reason}."
+        f" ({usd_range(best.bill.usd)}) and {_hours(best.bill.hours.p50)} h; {estimate.reason}."
     )
-    return f"{_wrap(work, width)}\n{_wrap(advice, width)}"
+    return f"{wrap(work, width)}\n{wrap(advice, width)}"
 
 
 def _table(estimate: Estimate, width: int) -> list[list[str]]:
@@ -215,7 +215,7 @@ def _row(each: OfferEstimate, is_recommended: bool) -> list[str]:
         f"{each.job.usd_per_hour:.2f}",
         format_count(each.job.rate.p50),
         f"{each.mfu:.0%}",
-        _hours_with_range(bill.hours),
+        _hours_withusd_range(bill.hours),
         f"{_dollars(bill.usd.p50)} ({_dollars(bill.usd.p10)}-{_dollars(bill.usd.p90)})",
     ]
 
@@ -225,16 +225,18 @@ def _is_p4d_on_demand(each: OfferEstimate) -> bool:
 
 
 def _explain_old_price(estimate: Estimate, p4d: OfferEstimate) -> str:
-    setup = p4d.job.setup
-    peak = setup.hardware.peak_flops * setup.n_gpus
+    """What one p4d would take and cost by their reckoning, and what it is by ours."""
+    setup, usd_per_hour = p4d.job.setup, p4d.job.usd_per_hour / p4d.job.setup.n_nodes
+    peak = setup.hardware.peak_flops * setup.gpus_per_node
     hours = estimate.total_flops / (peak * OLD_MFU) / 3600
-    old, now = hours * OLD_P4D_USD_PER_HOUR, hours * p4d.job.usd_per_hour / setup.n_nodes
+    nodes = f" of {setup.n_nodes} of them" if setup.n_nodes > 1 else ""
     return (
-        f"Older articles: {estimate.total_flops:.3g} FLOP at {OLD_MFU:.0%} of {setup.n_gpus} x"
-        f" {setup.hardware.peak_flops / 1e12:.0f} TFLOP/s are {hours:.1f} h, at a p4d's"
-        f" ${OLD_P4D_USD_PER_HOUR:.2f}/h before AWS's cut of 2025 {format_usd(old)}. At"
-        f" ${p4d.job.usd_per_hour / setup.n_nodes:.2f}/h that is {format_usd(now)}; at the"
-        f" {p4d.mfu:.0%} MFU expected here, {format_usd(p4d.bill.usd.p50)} with all else."
+        f"Older articles: {estimate.total_flops:.3g} FLOP at {OLD_MFU:.0%} of"
+        f" {setup.gpus_per_node} x {setup.hardware.peak_flops / 1e12:.0f} TFLOP/s are {hours:.1f}"
+        f" h, at a p4d's ${OLD_P4D_USD_PER_HOUR:.2f}/h before AWS's cut of 2025"
+        f" {format_usd(hours * OLD_P4D_USD_PER_HOUR)}. At ${usd_per_hour:.2f}/h that is"
+        f" {format_usd(hours * usd_per_hour)}; at the {p4d.mfu:.0%} MFU expected here{nodes},"
+        f" {format_usd(p4d.bill.usd.p50)} with all else."
     )
 
 
@@ -246,51 +248,6 @@ def _price_age(estimate: Estimate, today: datetime.date) -> str:
     age = "today" if days == 0 else "a day old" if days == 1 else f"{days} days old"
     old = ": old, look again before spending" if days > STALE_DAYS else ""
     return f"Prices: {prices.source} of {prices.as_of} ({age}){old}."
-
-
-def _explain_memory(setup: Setup) -> list[str]:
-    memory = setup_memory(setup)
-    parts = ", ".join(
-        f"{name} {format_bytes(getattr(memory, name))}"
-        for name in ("weights", "gradients", "optimizer", "activations", "logits", "margin")
-    )
-    return [
-        f"Memory    {format_bytes(memory.total)} of {format_bytes(setup.hardware.memory_bytes)}:"
-        f" {parts}",
-        f"          at most {most_sequences(setup)} sequences would fit; DDP"
-        f" {'fits' if fits_ddp(setup) else 'does not fit'}",
-    ]
-
-
-def _explain_rate(estimate: Estimate) -> list[str]:
-    best = estimate.offers[0]
-    job, time = best.job, step_time(best.job.setup)
-    parts = ", ".join(
-        f"{name} {getattr(time, name) / time.seconds:.0%}"
-        for name in ("matrix", "attention", "tail", "communication", "optimizer")
-    )
-    spread = f"{format_count(job.rate.p10)} to {format_count(job.rate.p90)}"
-    lines = [
-        f"Rate      a step of {format_count(time.tokens)} tokens takes {time.seconds:.2f} s:",
-        f"          {parts}",
-    ]
-    if estimate.request.measured_tokens_per_second is not None:
-        lines.append("          the run's own rate replaces that:")
-    elif estimate.request.is_own:
-        lines.append(
-            f"          x {PRUDENCE:g}, what whole runs keep of it elsewhere (casallm's own is not"
-            " measured)"
-        )
-    lines.append(f"          {format_count(job.rate.p50)} tokens/s ({spread}), {best.mfu:.1%} MFU")
-    return lines
-
-
-def _shape(estimate: Estimate) -> str:
-    config = estimate.config
-    return (
-        f"{config.family}, {config.n_layers} layers of {config.d_model}, {config.n_heads} heads,"
-        f" MLP {config.ff_width}, vocabulary {config.vocab_size:,}"
-    )
 
 
 def _offer_json(each: OfferEstimate) -> dict[str, Any]:
@@ -332,7 +289,7 @@ def _hours(hours: float) -> str:
     return f"{hours:.1f}" if hours < 20 else f"{hours:,.0f}"
 
 
-def _hours_with_range(hours: Interval) -> str:
+def _hours_withusd_range(hours: Interval) -> str:
     digits = 1 if hours.p90 < 20 else 0
     return f"{hours.p50:,.{digits}f} ({hours.p10:,.{digits}f}-{hours.p90:,.{digits}f})"
 
@@ -342,17 +299,3 @@ def _dollars(usd: float) -> str:
     if usd >= 10_000:
         return f"${format_count(usd)}"
     return f"${usd:,.0f}" if usd >= 10 else f"${usd:.2f}"
-
-
-def _range(usd: Interval) -> str:
-    return f"{format_usd(usd.p10)} to {format_usd(usd.p90)}"
-
-
-def _wrap(text: str, width: int, *, indent: int = 0) -> str:
-    """`text` in lines of at most `width`; a table's spaces are kept while it fits."""
-    if len(text) <= width:
-        return text
-    lines = textwrap.wrap(
-        text, width, subsequent_indent=" " * indent, drop_whitespace=True, break_long_words=False
-    )
-    return "\n".join(lines)

@@ -12,7 +12,7 @@ import numpy as np
 from casallm.estimate.architecture import count_params
 from casallm.estimate.job import RESTART_SECONDS, STARTUP_SECONDS, Floats, Hours, Job
 from casallm.estimate.prices import GIVEN
-from casallm.units import format_bytes, format_count, format_usd
+from casallm.units import format_bytes, format_count
 
 BUCKET_CLOUD = "aws"
 """Where the bucket is; reading from it elsewhere costs egress."""
@@ -72,48 +72,81 @@ def lines(job: Job, hours: Hours) -> dict[str, Floats]:
 def _services(job: Job, hours: Hours) -> dict[str, Floats]:
     """What is billed beside the machine."""
     once = np.ones_like(hours.train)
-    prepare_hours = job.tokens / _PREPARE_TOKENS_PER_SECOND / 3600
-    amounts = {"data preparation": prepare_hours * PREPARE_USD_PER_HOUR * once}
+    amounts = {"data preparation": _prepare_hours(job) * PREPARE_USD_PER_HOUR * once}
     if job.offer.cloud in _DISK_CLOUDS:
         disk_usd_per_hour = _DISK_GB * _DISK_USD_PER_GB_MONTH / _HOURS_PER_MONTH
         amounts["disk"] = hours.paid * disk_usd_per_hour * job.setup.n_nodes
     amounts["object storage"] = _stored_bytes(job) / 1e9 * _STORAGE_USD_PER_GB_MONTH * once
-    saves = hours.paid * 3600 / hours.interval
-    amounts["requests"] = saves * _puts_per_save(job) * _USD_PER_PUT
+    amounts["requests"] = _puts(job, hours) * _USD_PER_PUT
     if job.offer.cloud != BUCKET_CLOUD:
-        restored = hours.preemptions * job.checkpoint_bytes
-        read_gb = (job.data_bytes * job.setup.n_nodes + restored) / 1e9
-        amounts["egress"] = read_gb * _EGRESS_USD_PER_GB
+        amounts["egress"] = _egress_gb(job, hours) * _EGRESS_USD_PER_GB
     if job.is_spot:
-        amounts["controller"] = (hours.total + _CONTROLLER_IDLE_HOURS) * _CONTROLLER_USD_PER_HOUR
+        amounts["controller"] = _controller_hours(hours) * _CONTROLLER_USD_PER_HOUR
     return amounts
 
 
 def _sources(job: Job, hours: Hours) -> dict[str, str]:
-    rate = f"{format_count(job.rate.p50)} tokens/s"
-    price = f"{format_usd(job.usd_per_hour)}/h"
+    """For each item the two factors whose product it is, and what they are."""
+    rate = f"{job.rate.p50:,.0f} tokens/s"
     size, stall = format_bytes(job.checkpoint_bytes), job.recovery.stall
-    minutes = hours.interval[0] / 60
+    minutes, nodes = hours.interval[0] / 60, job.setup.n_nodes
+
+    def rented(spent: Floats, what: str) -> str:
+        return f"{spent[0]:.5g} h x ${hours.usd_per_hour[0]:,.4f}/h: {what}"
+
     return {
-        "training": f"{format_count(job.tokens)} tokens at {rate} x {price}",
-        "startup": f"{STARTUP_SECONDS:.0f} s of boot, image, sync, compilation x {price} (assumed)",
-        "evaluation": f"{format_count(job.eval_tokens)} tokens forward at 3 x {rate} (presets)",
-        "checkpoints": f"a stall of {stall:.1f} s for {size} every {minutes:.0f} min",
-        "preemptions": f"{hours.preemptions[0]:.1f} in all, one in {job.mtbf_hours:.1f} h (median"
-        f" of 23 traces of V100 on AWS): restarts of {RESTART_SECONDS:.0f} s, work done twice;"
-        f" {hours.wait[0]:.1f} h of waiting are not billed",
-        "sft": f"{format_count(job.sft_tokens)} tokens at {rate} (default recipe)",
-        "data preparation": f"{format_count(job.tokens)} tokens at"
-        f" {format_count(_PREPARE_TOKENS_PER_SECOND)}/s on 16 cores x ${PREPARE_USD_PER_HOUR}/h",
-        "disk": f"{_DISK_GB} GB x {job.setup.n_nodes} x ${_DISK_USD_PER_GB_MONTH}/GB-month (gp3)",
-        "object storage": f"{format_bytes(_stored_bytes(job))} for a month x"
-        f" ${_STORAGE_USD_PER_GB_MONTH}/GB-month (S3)",
-        "requests": f"{_puts_per_save(job)} PUTs a checkpoint x ${_USD_PER_PUT:.6f} (S3)",
-        "egress": f"{format_bytes(job.data_bytes)} of tokens and the checkpoints restored leave"
-        f" {BUCKET_CLOUD} x ${_EGRESS_USD_PER_GB}/GB",
-        "controller": f"{hours.total[0]:.1f} h of SkyPilot's controller, and 10 min x"
-        f" ${_CONTROLLER_USD_PER_HOUR}/h (m6i.xlarge)",
+        "training": rented(hours.train, f"{format_count(job.tokens)} tokens at {rate}"),
+        "startup": rented(
+            hours.startup, f"{STARTUP_SECONDS:.0f} s of boot, image, sync, compilation (assumed)"
+        ),
+        "evaluation": rented(
+            hours.evaluate, f"{format_count(job.eval_tokens)} tokens forward at 3 x {rate}"
+        ),
+        "checkpoints": rented(
+            hours.stalls, f"a stall of {stall:.1f} s for {size} every {minutes:.1f} min"
+        ),
+        "preemptions": rented(
+            hours.lost,
+            f"{hours.preemptions[0]:.1f} in all, one in {job.mtbf_hours:.1f} h (median of 23 traces"
+            f" of V100 on AWS): restarts of {RESTART_SECONDS:.0f} s, work done twice;"
+            f" {hours.wait[0]:.1f} h of waiting are not billed",
+        ),
+        "sft": rented(
+            hours.sft, f"{format_count(job.sft_tokens)} tokens at {rate} (default recipe)"
+        ),
+        "data preparation": f"{_prepare_hours(job):.5g} h x ${PREPARE_USD_PER_HOUR}/h:"
+        f" {format_count(job.tokens)} tokens at {format_count(_PREPARE_TOKENS_PER_SECOND)}/s on 16"
+        " cores (m6i.4xlarge)",
+        "disk": f"{_DISK_GB * nodes * hours.paid[0] / _HOURS_PER_MONTH:.5g} GB-months x"
+        f" ${_DISK_USD_PER_GB_MONTH}: {nodes} x {_DISK_GB} GB for {hours.paid[0]:.1f} h (gp3)",
+        "object storage": f"{_stored_bytes(job) / 1e9:.5g} GB-months x"
+        f" ${_STORAGE_USD_PER_GB_MONTH}: tokens, 3 checkpoints, the model, for a month (S3)",
+        "requests": f"{_puts(job, hours)[0]:.0f} PUTs x ${_USD_PER_PUT:.6f}:"
+        f" {_puts_per_save(job)} a checkpoint (S3)",
+        "egress": f"{_egress_gb(job, hours)[0]:.5g} GB x ${_EGRESS_USD_PER_GB}: tokens and restored"
+        f" checkpoints leave {BUCKET_CLOUD}",
+        "controller": f"{_controller_hours(hours)[0]:.5g} h x ${_CONTROLLER_USD_PER_HOUR}/h:"
+        " SkyPilot's controller (m6i.xlarge), 10 idle min included",
     }
+
+
+def _prepare_hours(job: Job) -> float:
+    return job.tokens / _PREPARE_TOKENS_PER_SECOND / 3600
+
+
+def _controller_hours(hours: Hours) -> Floats:
+    return hours.total + _CONTROLLER_IDLE_HOURS
+
+
+def _puts(job: Job, hours: Hours) -> Floats:
+    """Requests of all checkpoints."""
+    return hours.paid * 3600 / hours.interval * _puts_per_save(job)
+
+
+def _egress_gb(job: Job, hours: Hours) -> Floats:
+    """The tokens once to every node, and a checkpoint after each preemption."""
+    restored = hours.preemptions * job.checkpoint_bytes
+    return (job.data_bytes * job.setup.n_nodes + restored) / 1e9
 
 
 def _stored_bytes(job: Job) -> int:

@@ -218,24 +218,42 @@ def _job(
 ) -> Job:
     """The run on `offer`; ConfigError where the model does not fit it.
 
-    casallm trains with DDP; other layouts are tried only where a machine was asked for by name.
+    casallm trains with DDP and recomputes nothing; other layouts are tried only where a machine was
+    asked for by name.
     """
     wishes = replace(request.wishes, node_bandwidth=offer.node_bandwidth)
     if request.hardware is None and wishes.sharding is None:
         wishes = replace(wishes, sharding="ddp")
-    setup = plan_layout(
-        config,
-        request.context_length,
-        offer.hardware,
-        gpus_per_node=offer.n_gpus,
-        n_nodes=request.n_nodes,
-        wishes=wishes,
-    )
+    wanted = [wishes]
+    if request.is_own:
+        plain = replace(wishes, sharding="ddp", recompute=wishes.recompute or "none")
+        wanted = [plain, wishes] if wishes.sharding is None else [plain]
+    setup = _first_that_fits(request, offer, config, wanted)
     rate: Throughput = throughput.predict(setup, is_own=request.is_own)
     if request.measured_tokens_per_second is not None:
         rate = throughput.measured(request.measured_tokens_per_second)
         _check_measured(rate.p50, setup)
     return Job(offer, is_spot, setup, rate, tokens)
+
+
+def _first_that_fits(
+    request: EstimateRequest, offer: Offer, config: ModelConfig, wanted: list[Wishes]
+) -> Setup:
+    """The layout by the first of the wishes that the machine can fulfil."""
+    for wishes in wanted:
+        try:
+            return plan_layout(
+                config,
+                request.context_length,
+                offer.hardware,
+                gpus_per_node=offer.n_gpus,
+                n_nodes=request.n_nodes,
+                wishes=wishes,
+            )
+        except ConfigError:
+            if wishes is wanted[-1]:
+                raise
+    raise AssertionError("there are always wishes")
 
 
 def _check_measured(tokens_per_second: float, setup: Setup) -> None:

@@ -1,11 +1,12 @@
 import datetime
 import json
+import re
+from dataclasses import replace
 
 import pytest
 
 from casallm.errors import ConfigError, MissingExtraError
 from casallm.estimate.answer import (
-    format_explain,
     format_table,
     heading,
     notes,
@@ -14,6 +15,7 @@ from casallm.estimate.answer import (
 )
 from casallm.estimate.architecture import NAMED_SIZES, ModelConfig, shape_for_params
 from casallm.estimate.estimator import Estimate, EstimateRequest, estimate
+from casallm.estimate.explain import format_explain
 from casallm.estimate.hardware import GPUS
 from casallm.estimate.layout import Wishes
 from casallm.estimate.plot import plot
@@ -85,32 +87,38 @@ aws p4d.24xlarge spot, recommended: it is the cheapest of 4 offers that end with
           preemptions lambda gpu_1x_a100 costs $94.96.
 
 Work      344M parameters: classic, 24 layers of 1024, 16 heads, MLP 4096, vocabulary 40,960
-          2.668 GFLOP a token = 6 x matrix weights + 12 x layers x width x context
-          x 10B tokens = 2.67e+19 FLOP
+          6 x 343,932,928 matrix weights + 12 x 24 layers x 1024 x 2048 context
+          = 2.6676 GFLOP a token, x 10,000,000,000 tokens = 2.668e+19 FLOP
 Machine   8 x A100, 312 TFLOP/s peak each, of which large products sustain 86%
 Layout    micro-batch 16 x 2048 tokens, global batch 256, recompute none; every GPU holds the whole
           model
-Memory    30.8 GB of 42.4 GB: weights 1.38 GB, gradients 1.38 GB, optimizer 2.75 GB, activations
-          17.1 GB, logits 5.37 GB, margin 2.86 GB
+Memory    30.8 GB of 42.4 GB: weights 1.38 GB + gradients 1.38 GB + optimizer 2.75 GB + activations
+          17.1 GB + logits 5.37 GB + margin 2.86 GB
           at most 24 sequences would fit; DDP fits
-Rate      a step of 524K tokens takes 0.95 s:
+Rate      a step of 524,288 tokens takes 0.947 s:
           matrix 72%, attention 18%, tail 8%, communication 1%, optimizer 1%
           x 0.88, what whole runs keep of it elsewhere (casallm's own is not measured)
-          487K tokens/s (381K to 623K), 52.1% MFU
-Hours     10B / 487K tokens/s = 5.7 h of training; 7.8 h all in, goodput 94.1%
+          = 487,179 tokens/s (381K to 623K), 52.1% MFU (standard convention)
+Hours     10,000,000,000 / 487,179 tokens/s = 5.7018 h of training; 7.84 h with the machine's other
+          hours below and the waiting
+          goodput 94.1%: training, evaluation and sft, as a share of the hours after the startup
 Bill
-  training               35.86  10B tokens at 487K tokens/s x $6.29/h
-  startup                 0.84  480 s of boot, image, sync, compilation x $6.29/h (assumed)
-  evaluation              0.10  82.1M tokens forward at 3 x 487K tokens/s (presets)
-  checkpoints             0.28  a stall of 1.0 s for 4.13 GB every 2 min
-  preemptions             1.97  2.7 in all, one in 2.3 h (median of 23 traces of V100 on AWS):
-          restarts of 360 s, work done twice; 1.6 h of waiting are not billed
-  sft                     0.22  60M tokens at 487K tokens/s (default recipe)
-  data preparation        2.13  10B tokens at 1M/s on 16 cores x $0.768/h
-  disk                    0.18  256 GB x 1 x $0.08/GB-month (gp3)
-  object storage          0.78  33.8 GB for a month x $0.023/GB-month (S3)
-  requests                0.06  69 PUTs a checkpoint x $0.000005 (S3)
-  controller              1.54  7.8 h of SkyPilot's controller, and 10 min x $0.192/h (m6i.xlarge)
+  training               35.86  5.7018 h x $6.2900/h: 10B tokens at 487,179 tokens/s
+  startup                 0.84  0.13333 h x $6.2900/h: 480 s of boot, image, sync, compilation
+          (assumed)
+  evaluation              0.10  0.015603 h x $6.2900/h: 82.1M tokens forward at 3 x 487,179 tokens/s
+  checkpoints             0.28  0.045293 h x $6.2900/h: a stall of 1.0 s for 4.13 GB every 2.2 min
+  preemptions             1.97  0.31302 h x $6.2900/h: 2.7 in all, one in 2.3 h (median of 23 traces
+          of V100 on AWS): restarts of 360 s, work done twice; 1.6 h of waiting are not billed
+  sft                     0.22  0.034211 h x $6.2900/h: 60M tokens at 487,179 tokens/s (default
+          recipe)
+  data preparation        2.13  2.7778 h x $0.768/h: 10B tokens at 1M/s on 16 cores (m6i.4xlarge)
+  disk                    0.18  2.1894 GB-months x $0.08: 1 x 256 GB for 6.2 h (gp3)
+  object storage          0.78  33.767 GB-months x $0.023: tokens, 3 checkpoints, the model, for a
+          month (S3)
+  requests                0.06  12017 PUTs x $0.000005: 69 a checkpoint (S3)
+  controller              1.54  8.0038 h x $0.192/h: SkyPilot's controller (m6i.xlarge), 10 idle min
+          included
   total                  43.96  $33.66 to $58.54
 """
 
@@ -136,6 +144,55 @@ def test_the_arithmetic_reads_like_this(answer: Estimate):
     assert format_explain(answer) == EXPLAIN.rstrip("\n")
 
 
+@pytest.mark.parametrize("is_spot", [True, False])
+@pytest.mark.parametrize("cloud", ["aws", "runpod", "nebius"])
+def test_the_bill_can_be_done_again_by_hand(cloud: str, is_spot: bool):
+    """The two factors printed for an item multiply to its dollars, the items to the total."""
+    request = EstimateRequest(
+        config=shape_for_params(10**9), prices=load_snapshot(), cloud=cloud, n_nodes=2
+    )
+    answer = estimate(request)
+    bill = next((e.bill for e in answer.offers if e.job.is_spot == is_spot), answer.offers[0].bill)
+
+    for item in bill.items:
+        amount, usd = re.match(r"([\d.]+) [\w-]+ x \$([\d.,]+)", item.source).groups()
+        product = float(amount) * float(usd.replace(",", "").rstrip("."))
+        assert product == pytest.approx(item.usd, abs=0.0051, rel=2e-4), item
+    assert f"{sum(item.usd for item in bill.items):.2f}" == f"{bill.usd.p50:.2f}"
+
+
+def test_the_rate_and_the_hours_can_be_done_again_by_hand():
+    request = EstimateRequest(config=shape_for_params(10**9), prices=load_snapshot(), is_spot=True)
+    answer = estimate(request)
+    text = " ".join(format_explain(answer).replace(",", "").split())
+
+    def found(pattern: str) -> list[float]:
+        return [float(each) for each in re.search(pattern, text).groups()]
+
+    weights, layers, width, context, gflop, tokens, flop = found(
+        r"6 x (\d+) matrix weights \+ 12 x (\d+) layers x (\d+) x (\d+) context = ([\d.]+) GFLOP a"
+        r" token x (\d+) tokens = (\S+) FLOP"
+    )
+    gpus, tflops = found(r"Machine (\d+) x \S+ (\d+) TFLOP/s peak")
+    step, seconds, share, rate, mfu = found(
+        r"a step of (\d+) tokens takes ([\d.]+) s: .* x ([\d.]+) what .* = (\d+) tokens/s .*?"
+        r" ([\d.]+)% MFU"
+    )
+    (hours,) = found(r"tokens/s = ([\d.]+) h of training")
+    parts = found(
+        r"([\d.]+) GB of .* weights ([\d.]+) GB \+ gradients ([\d.]+) GB \+ optimizer"
+        r" ([\d.]+) GB \+ activations ([\d.]+) GB \+ logits ([\d.]+) GB \+ margin"
+        r" ([\d.]+) GB"
+    )
+
+    assert 6 * weights + 12 * layers * width * context == pytest.approx(gflop * 1e9, rel=1e-4)
+    assert gflop * 1e9 * tokens == pytest.approx(flop, rel=1e-3)
+    assert step / seconds * share == pytest.approx(rate, rel=1e-3)
+    assert rate * gflop / (gpus * tflops * 1e3) == pytest.approx(mfu / 100, abs=1e-3)
+    assert tokens / rate / 3600 == pytest.approx(hours, rel=1e-4)
+    assert sum(parts[1:]) == pytest.approx(parts[0], abs=0.2)
+
+
 @pytest.mark.parametrize("width", [80, 100, 120])
 @pytest.mark.parametrize("n_params", [10**6, 350 * 10**6, 3 * 10**9])
 def test_no_line_is_longer_than_the_width(n_params: int, width: int):
@@ -155,6 +212,21 @@ def test_the_old_fifteen_hundred_dollars_are_explained():
     assert "at 45% of 8 x 312 TFLOP/s are 46.7 h, at a p4d's $32.77/h" in old
     assert "before AWS's cut of 2025 $1,531. At $21.96/h that is $1,025" in old
     assert "aws p4d.24xlarge  " in format_table(answer, today=DAY)
+
+
+def test_the_old_articles_rent_one_machine_however_many_are_asked_for():
+    config = shape_for_params(1_200_000_000)
+    request = EstimateRequest(
+        config=config, tokens=24 * 10**9, prices=load_snapshot(), n_nodes=4, hardware=GPUS["A100"]
+    )
+    answer = estimate(request)
+    paid = next(e for e in answer.offers if e.name == "aws 4 x p4d.24xlarge").bill.usd.p50
+
+    (old,) = [note for note in notes(answer, today=DAY) if note.startswith("Older articles")]
+
+    assert "at 45% of 8 x 312 TFLOP/s are 46.7 h" in old
+    assert "before AWS's cut of 2025 $1,531. At $21.96/h that is $1,025" in old
+    assert old.endswith(f"MFU expected here of 4 of them, ${paid:,.0f} with all else.")
 
 
 def test_old_prices_are_called_old(answer: Estimate):
@@ -204,14 +276,34 @@ def test_json_rate_is_of_the_whole_job():
     assert four["usd_per_hour"] == 64
 
 
-def test_a_sharded_model_says_that_casallm_cannot():
+@pytest.mark.parametrize(
+    ("name", "context_length", "wishes", "lacking"),
+    [
+        ("13b", 2048, Wishes(), "state sharded over the GPUs and no recomputation"),
+        ("1.2b", 65_536, Wishes(), "recomputation of activations"),
+        ("1.2b", 2048, Wishes(precision="fp8"), "fp8"),
+    ],
+)
+def test_what_casallms_own_trainer_lacks_is_said(name, context_length, wishes, lacking):
+    machine = {"hardware": GPUS["H100"], "n_gpus": 8, "usd_per_gpu_hour": 2.0}
     request = EstimateRequest(
-        config=NAMED_SIZES["13b"], hardware=GPUS["H100"], n_gpus=8, usd_per_gpu_hour=2.0
+        config=NAMED_SIZES[name], context_length=context_length, wishes=wishes, **machine
     )
-    answer = estimate(request)
+    sentence = f"another program: casallm's own trainer has no {lacking}"
 
-    assert any("sharded over the GPUs" in note for note in notes(answer))
-    assert not to_json(answer)["offers"][0]["fits_ddp"]
+    assert any(sentence in note for note in notes(estimate(request)))
+    assert sentence in " ".join(format_explain(estimate(request)).split())
+    assert not any("own trainer" in n for n in notes(estimate(replace(request, is_own=False))))
+
+
+def test_machines_that_slow_each_other_down_are_named():
+    machine = {"hardware": GPUS["B200"], "prices": load_snapshot(), "n_gpus": 8}
+    request = EstimateRequest(config=NAMED_SIZES["1.2b"], cloud="lambda", n_nodes=2, **machine)
+
+    assert any("2 of these machines are slower than one" in n for n in notes(estimate(request)))
+    assert not any(
+        "slower than one" in note for note in notes(estimate(replace(request, cloud="aws")))
+    )
 
 
 def test_what_speaks_against_a_machine_is_said():
