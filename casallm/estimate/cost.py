@@ -72,9 +72,9 @@ def usd_so_far(seconds_since_boot: float, usd_per_hour: float, usd_before: float
     return usd_before + seconds_since_boot / 3600 * usd_per_hour
 
 
-def usd_to_finish(tokens_left: float, tokens_per_second: float, usd_per_hour: float) -> float:
-    """Dollars that the rest of a running job takes at its present rate."""
-    return tokens_left / tokens_per_second / 3600 * usd_per_hour
+def usd_to_finish(seconds_left: float, usd_per_hour: float) -> float:
+    """Dollars that the rest of a running job takes if nothing interrupts it."""
+    return seconds_left / 3600 * usd_per_hour
 
 
 def compare_with_paid(predicted: Interval, paid_usd: float) -> str:

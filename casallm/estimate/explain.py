@@ -93,7 +93,8 @@ def _rate(estimate: Estimate) -> list[str]:
         )
     spread = f"{format_count(job.rate.p10)} to {format_count(job.rate.p90)}"
     lines.append(
-        f"          = {job.rate.p50:,.0f} tokens/s ({spread}), {best.mfu:.1%} MFU (standard convention)"
+        f"          = {job.rate.p50:,.0f} tokens/s ({spread}), {best.mfu:.1%} MFU (standard"
+        " convention)"
     )
     return lines
 

@@ -19,6 +19,7 @@ from casallm.config import build, canonical_json, to_tree, to_yaml
 from casallm.errors import CheckpointError, ConfigError, StoreError, TrainingError
 from casallm.estimate.architecture import count_params
 from casallm.estimate.estimator import EstimateRequest, estimate
+from casallm.estimate.layout import Wishes
 from casallm.storage.store import Store, open_store
 from casallm.train.attempts import Attempt, CheckpointName, attempt_numbers, read_attempt
 from casallm.train.budget import BudgetConfig
@@ -176,7 +177,7 @@ def _claim(settled: Settled) -> tuple[Attempt, Checkpoint | None]:
         ranks=settled.ranks * settled.place.n_nodes,
         machine=settled.machine.facts(),
         usd_per_hour=config.budget.usd_per_hour,
-        predicted_usd=_predicted_usd(settled),
+        predicted_usd=predicted_usd(config, settled.machine, settled.ranks, settled.place.n_nodes),
         started_at=time.time(),
         **_billing(run, config.budget),
     )
@@ -186,23 +187,35 @@ def _claim(settled: Settled) -> tuple[Attempt, Checkpoint | None]:
     return attempt, checkpoint
 
 
-def _predicted_usd(settled: Settled) -> dict[str, float] | None:
-    """What the estimator says of the whole run at this machine's price; None without a price."""
-    config, hardware = settled.config, settled.machine.hardware
-    price = config.budget.usd_per_hour
-    if not price or settled.machine.device_kind != "cuda" or hardware is None:
+def predicted_usd(
+    config: RunConfig, machine: Machine, ranks: int, n_nodes: int
+) -> dict[str, float] | None:
+    """What the estimator says of the whole run at this machine's price; None where it cannot.
+
+    Preemptions are not in it: a run does not know how its machine was rented.
+    """
+    hardware, price = machine.hardware, config.budget.usd_per_hour
+    if not price or machine.device_kind != "cuda" or hardware is None:
         return None
-    n_gpus = settled.ranks * settled.place.n_nodes
     request = EstimateRequest(
         config=config.model,
         tokens=config.total_tokens,
         context_length=config.train.context_length,
         hardware=hardware,
-        n_gpus=settled.ranks,
-        n_nodes=settled.place.n_nodes,
-        usd_per_gpu_hour=price / n_gpus,
+        n_gpus=ranks,
+        n_nodes=n_nodes,
+        usd_per_gpu_hour=price / (ranks * n_nodes),
+        wishes=Wishes(
+            stack="eager" if config.train.compile == "off" else "compiled",
+            precision=config.train.precision,
+            batch_tokens=config.train.global_batch_size * config.train.context_length,
+        ),
     )
-    return asdict(estimate(request).offers[0].bill.usd)
+    try:
+        return asdict(estimate(request).offers[0].bill.usd)
+    except ConfigError as error:
+        log.info("no cost is predicted: %s", error)
+        return None
 
 
 def _billing(run: Store, config: BudgetConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from casallm.estimate.cost import usd_to_finish
 from casallm.train.metrics import Line
 from casallm.units import format_count, format_duration
 
@@ -133,7 +134,7 @@ def fields(line: Line, outlook: Outlook) -> list[tuple[str, str]]:
     if outlook.usd_per_hour is not None:
         to_finish = None
         if outlook.seconds_left is not None:
-            to_finish = outlook.seconds_left / 3600 * outlook.usd_per_hour
+            to_finish = usd_to_finish(outlook.seconds_left, outlook.usd_per_hour)
         shown.append(("usd", _format(line.get("usd"), ".2f")))
         shown.append(("usd_to_finish", _format(to_finish, ".2f")))
     left = outlook.seconds_left

@@ -120,7 +120,7 @@ def test_a_run_that_is_nearly_sure_has_a_narrow_range():
 def test_dollars_of_a_running_job():
     assert usd_so_far(1800, 21.96) == pytest.approx(10.98)
     assert usd_so_far(1800, 21.96, usd_before=5) == pytest.approx(15.98)
-    assert usd_to_finish(3600 * 500_000, 500_000, 21.96) == pytest.approx(21.96)
+    assert usd_to_finish(1800, 21.96) == pytest.approx(10.98)
 
 
 def test_paid_against_predicted_is_one_sentence():

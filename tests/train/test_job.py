@@ -4,13 +4,17 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from casallm.config import build, merge, parse_overrides
 from casallm.errors import ConfigError, StoreError
+from casallm.estimate.estimator import EstimateRequest, estimate
+from casallm.estimate.hardware import GPUS as ESTIMATED_GPUS
 from casallm.storage.local import LocalStore
 from casallm.train import job
 from casallm.train.attempts import claim
 from casallm.train.budget import BudgetConfig
 from casallm.train.control import Outcome
 from casallm.train.machine import Machine
+from casallm.train.run import RunConfig, load_preset
 from tests.train.generated_run import make_run
 
 FROM_BOOT = BudgetConfig(usd_per_hour=1, billed_from="boot")
@@ -36,6 +40,36 @@ def test_a_machine_that_was_booted_again_is_billed_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(psutil, "boot_time", lambda: 9000.0)
 
     assert job._billing(run, FROM_BOOT)["billed_since"] == 9000.0
+
+
+def config_at(usd_per_hour: float, *settings: str) -> RunConfig:
+    asked = parse_overrides([f"budget.usd_per_hour={usd_per_hour}", *settings])
+    return build(RunConfig, merge(load_preset("350m"), asked))
+
+
+def test_what_is_predicted_is_what_the_estimator_says_of_the_same_machine():
+    config = config_at(4.0)
+    request = EstimateRequest(
+        config=config.model,
+        tokens=config.total_tokens,
+        context_length=config.train.context_length,
+        hardware=ESTIMATED_GPUS["L4"],
+        n_gpus=2,
+        usd_per_gpu_hour=2.0,
+    )
+
+    predicted = job.predicted_usd(config, GPUS, 2, 1)
+
+    assert predicted["p50"] == pytest.approx(estimate(request).offers[0].bill.usd.p50, rel=0.1)
+    assert predicted["p10"] < predicted["p50"] < predicted["p90"]
+    twice = job.predicted_usd(config_at(8.0), GPUS, 2, 1)
+    assert twice["p50"] == pytest.approx(2 * predicted["p50"], rel=1e-4)
+
+
+def test_a_run_that_the_estimator_thinks_too_large_starts_all_the_same():
+    large = config_at(4.0, "model.d_model=8192", "model.n_heads=64")
+
+    assert job.predicted_usd(large, GPUS, 2, 1) is None
 
 
 @pytest.mark.parametrize(("asked", "ranks"), [(None, 2), (1, 1), (2, 2)])
