@@ -142,7 +142,7 @@ def test_a_plot_is_written_where_it_is_asked_for(tmp_path: Path):
         (["--params=-3"], "--params is -3, but must be positive"),
         (["--params", "1.2Q"], "'Q', which is no multiplier: use K, M, B or T, as in 1.2B"),
         (["--params", "1B", "--gpu", "B300:8"], "no GPU 'B300', did you mean B200"),
-        (["--budget", "0.01"], r"a budget of \$0\.010 buys no model .* buys a tiny one"),
+        (["--budget", "0.01"], r"a budget of \$0\.010 buys no model: .* add --budget 0\.\d\d$"),
         (["--params", "1B", "--tokens", "100T"], "more than there are: FineWeb holds"),
         (["--params", "1B", "--preset", "350m"], "exclude each other"),
         (["--preset", "351m"], "no size '351m', did you mean 350m"),

@@ -3,8 +3,8 @@
 For every offer and size on a fixed grid the bill is affine in the tokens, so the tokens that a
 budget (and a deadline) allow follow directly; the scaling law says which choice ends with the
 lowest loss. The budget must hold in nine of ten runs, as far as the spread of the offer's own
-bill tells. A larger budget allows more tokens in every cell of the grid: it never gives a worse
-model.
+bill tells. A larger budget allows more tokens in every cell of the grid, and what is left out of
+it cannot be better than what was found: more money never gives a worse model.
 """
 
 import math
@@ -17,9 +17,9 @@ from casallm.estimate.architecture import ModelConfig, count_params, shape_for_p
 from casallm.estimate.cost import middle_of, price_job
 from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SPREAD, Job
 from casallm.estimate.prices import Offer, hourly_price
-from casallm.estimate.scaling import BESIROGLU_2024, FINEWEB_EDU_TOKENS, optimal_split
+from casallm.estimate.scaling import BESIROGLU_2024, FINEWEB_EDU_TOKENS
 from casallm.estimate.throughput import Z90
-from casallm.units import format_usd
+from casallm.units import format_count, format_usd
 
 GRID_RATIO = 1.25
 """Between neighbouring sizes: the loss is flat around its minimum."""
@@ -30,11 +30,11 @@ GRID_START, GRID_STEPS = 1_000_000, 52
 PATIENCE_HOURS = 30 * 24.0
 """Without a deadline, a budget is not spent on a run that may take longer than this."""
 
-_TYPICAL_MFU = 0.45
-"""Only to find the neighbourhood of the best size."""
+LEAST_TOKENS_PER_PARAM = 1
+"""A model that sees less is not worth its name, and the scaling law knows none."""
 
 _SAFETY = 1.02
-"""On top of the spread of the bill, which varies a little with the model."""
+"""On top of the spread of the bill, which is taken from a long run."""
 
 _STARTUP_MARGIN = math.exp(Z90 * math.hypot(SETUP_SPREAD, SPOT_PRICE_SPREAD))
 """Ninetieth percentile over the median of what is paid before the first token."""
@@ -52,6 +52,22 @@ class BestModel:
     job: Job
 
 
+@dataclass(frozen=True)
+class _Needs:
+    """Dollars and hours of one model on one offer: so much at once, and so much a token."""
+
+    fixed_usd: float
+    fixed_hours: float
+    usd_per_token: float
+    hours_per_token: float
+
+    def tokens(self, budget_usd: float, deadline_hours: float) -> int:
+        """The tokens that budget and deadline allow."""
+        paid = (budget_usd - self.fixed_usd) / self.usd_per_token
+        in_time = (deadline_hours - self.fixed_hours) / self.hours_per_token
+        return math.floor(min(paid, in_time, FINEWEB_EDU_TOKENS))
+
+
 def best_model(
     candidates: Iterable[tuple[Offer, bool]],
     config: ModelConfig | None,
@@ -62,29 +78,36 @@ def best_model(
 ) -> BestModel:
     """The lowest expected loss within budget and deadline; of one size only if `config` is given.
 
-    ConfigError where the money does not even start a machine.
+    ConfigError says what budget or deadline the smallest model needs where these buy none.
     """
-    deadline_hours = deadline_hours or PATIENCE_HOURS
+    limits = budget_usd, deadline_hours or PATIENCE_HOURS
     offers = _undominated(candidates)
-    found: list[BestModel] = []
-    floors: list[float] = []
+    best: BestModel | None = None
     for offer, is_spot in offers:
-        sizes = [config] if config else list(_sizes(offer, is_spot, budget_usd, deadline_hours))
-        margin: tuple[float, float] | None = None
-        for size in sizes:
-            try:
-                job = make_job(offer, is_spot, size, 10**9)
-            except ConfigError:
+        for size in [config] if config else _grid():
+            n_params = count_params(size)
+            if best and BESIROGLU_2024.loss(n_params, math.inf) >= best.loss:
                 continue
-            margin = margin or _margins(job)
-            fixed, tokens = _affordable(job, budget_usd, deadline_hours, margin)
-            floors.append(fixed)
-            if tokens >= (1 if config else count_params(size)):
-                loss = BESIROGLU_2024.loss(count_params(size), tokens)
-                found.append(BestModel(size, tokens, loss, replace(job, tokens=tokens)))
-    if not found:
-        raise ConfigError(_too_little(budget_usd, floors))
-    return min(found, key=lambda best: best.loss)
+            job = _job_or_none(make_job, offer, is_spot, size)
+            if job is None:
+                break
+            typical = _typical_needs(job)
+            most = typical.tokens(*limits)
+            if most < _least_tokens(size):
+                break
+            if best and BESIROGLU_2024.loss(n_params, most) >= best.loss:
+                continue
+            tokens = _careful_needs(job, typical).tokens(*limits)
+            if tokens < _least_tokens(size):
+                continue
+            loss = BESIROGLU_2024.loss(n_params, tokens)
+            if best is None or loss < best.loss:
+                best = BestModel(size, tokens, loss, replace(job, tokens=tokens))
+    if best is None:
+        smallest = config or _shape(0)
+        jobs = [_job_or_none(make_job, offer, is_spot, smallest) for offer, is_spot in offers]
+        raise ConfigError(_too_little(*limits, smallest, [job for job in jobs if job]))
+    return best
 
 
 def grid_size(step: int) -> int:
@@ -92,23 +115,26 @@ def grid_size(step: int) -> int:
     return round(GRID_START * GRID_RATIO**step)
 
 
-def _sizes(
-    offer: Offer, is_spot: bool, budget_usd: float, deadline_hours: float
-) -> Iterator[ModelConfig]:
-    """Shapes around the best size for what `offer` computes for the money."""
-    hours = min(budget_usd / hourly_price(offer, is_spot), deadline_hours)
-    flops = hours * 3600 * offer.hardware.peak_flops * offer.n_gpus * _TYPICAL_MFU
-    wanted = optimal_split(max(flops, 1e12))[0]
-    held = offer.hardware.memory_bytes / 18
-    middle = math.log(min(wanted, held) / GRID_START, GRID_RATIO)
-    for step in range(round(middle) - 3, round(middle) + 4):
-        if 0 <= step < GRID_STEPS:
-            yield _shape(step)
+def _grid() -> Iterator[ModelConfig]:
+    for step in range(GRID_STEPS):
+        yield _shape(step)
 
 
 @cache
 def _shape(step: int) -> ModelConfig:
     return shape_for_params(grid_size(step))
+
+
+def _least_tokens(config: ModelConfig) -> int:
+    return LEAST_TOKENS_PER_PARAM * count_params(config)
+
+
+def _job_or_none(make_job: MakeJob, offer: Offer, is_spot: bool, size: ModelConfig) -> Job | None:
+    """The run, if the offer holds the model."""
+    try:
+        return make_job(offer, is_spot, size, 10**9)
+    except ConfigError:
+        return None
 
 
 def _undominated(candidates: Iterable[tuple[Offer, bool]]) -> list[tuple[Offer, bool]]:
@@ -119,37 +145,63 @@ def _undominated(candidates: Iterable[tuple[Offer, bool]]) -> list[tuple[Offer, 
         known = best.get(key)
         if known is None or hourly_price(offer, is_spot) < hourly_price(*known):
             best[key] = (offer, is_spot)
-    return list(best.values())
+    return sorted(best.values(), key=_usd_per_flop)
 
 
-def _margins(job: Job) -> tuple[float, float]:
-    """Ninetieth percentile over the median of dollars and hours, for a long run on this offer."""
-    bill = price_job(replace(job, tokens=10**12))
-    usd, hours = bill.usd.p90 / bill.usd.p50, bill.hours.p90 / bill.hours.p50
-    return usd * _SAFETY, hours * _SAFETY
+def _usd_per_flop(candidate: tuple[Offer, bool]) -> float:
+    """What the arithmetic costs at its peak: the best is likely found among the first."""
+    offer = candidate[0]
+    return hourly_price(*candidate) / (offer.n_gpus * offer.hardware.peak_flops)
 
 
-def _affordable(
-    job: Job, budget_usd: float, deadline_hours: float, margin: tuple[float, float]
-) -> tuple[float, int]:
-    """Dollars to be ready for before the first token, and the tokens that the rest allows.
+def _typical_needs(job: Job) -> _Needs:
+    """What the middle of all runs needs."""
+    usd_1, hours_1 = middle_of(replace(job, tokens=10**9))
+    usd_2, hours_2 = middle_of(replace(job, tokens=2 * 10**9))
+    return _Needs(
+        fixed_usd=2 * usd_1 - usd_2,
+        fixed_hours=2 * hours_1 - hours_2,
+        usd_per_token=(usd_2 - usd_1) / 1e9,
+        hours_per_token=(hours_2 - hours_1) / 1e9,
+    )
+
+
+def _careful_needs(job: Job, typical: _Needs) -> _Needs:
+    """What nine of ten runs need at most.
 
     Percentiles are added up as if everything went wrong together, which is on the safe side.
     """
-    usd_1, hours_1 = middle_of(replace(job, tokens=10**9))
-    usd_2, hours_2 = middle_of(replace(job, tokens=2 * 10**9))
-    fixed_usd, fixed_hours = 2 * usd_1 - usd_2, 2 * hours_1 - hours_2
-    fixed_usd, fixed_hours = fixed_usd * _STARTUP_MARGIN, fixed_hours * _STARTUP_MARGIN
-    billions = (budget_usd - fixed_usd) / (usd_2 - usd_1) / margin[0]
-    in_time = (deadline_hours - fixed_hours) / (hours_2 - hours_1) / margin[1]
-    return fixed_usd, math.floor(min(min(billions, in_time) * 1e9, FINEWEB_EDU_TOKENS))
+    bill = price_job(replace(job, tokens=10**12))
+    return _Needs(
+        fixed_usd=typical.fixed_usd * _STARTUP_MARGIN,
+        fixed_hours=typical.fixed_hours * _STARTUP_MARGIN,
+        usd_per_token=typical.usd_per_token * _SAFETY * bill.usd.p90 / bill.usd.p50,
+        hours_per_token=typical.hours_per_token * _SAFETY * bill.hours.p90 / bill.hours.p50,
+    )
 
 
-def _too_little(budget_usd: float, floors: list[float]) -> str:
-    if not floors:
+def _too_little(
+    budget_usd: float, deadline_hours: float, smallest: ModelConfig, jobs: list[Job]
+) -> str:
+    """The nearest budget or deadline that buys the smallest model."""
+    if not jobs:
         return "no machine of the price list holds the model: take a smaller one, or name a --gpu"
-    least = min(floors)
+    tokens = _least_tokens(smallest)
+    needs = [_careful_needs(job, _typical_needs(job)) for job in jobs]
+    usd = [n.fixed_usd + n.usd_per_token * tokens for n in needs]
+    hours = [n.fixed_hours + n.hours_per_token * tokens for n in needs]
+    in_time = [
+        dollars for dollars, spent in zip(usd, hours, strict=True) if spent <= deadline_hours
+    ]
+    model = f"{format_count(count_params(smallest))} parameters on as many tokens"
+    if not in_time:
+        return (
+            f"no model is trained within {60 * deadline_hours:.0f} min: nine of ten runs of {model}"
+            f" end within {math.ceil(60 * min(hours))} min; add --deadline"
+            f" {math.ceil(60 * min(hours))}min"
+        )
+    least = math.ceil(100 * min(in_time)) / 100
     return (
-        f"a budget of {format_usd(budget_usd)} buys no model in that time: before the first token"
-        f" the cheapest machine costs {format_usd(least)}; ${math.ceil(5 * least)} buys a tiny one"
+        f"a budget of {format_usd(budget_usd)} buys no model: {format_usd(least)} trains {model},"
+        f" nine times in ten; add --budget {least:.2f}"
     )

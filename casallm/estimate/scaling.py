@@ -88,15 +88,6 @@ def check_tokens(tokens: int) -> None:
         )
 
 
-def optimal_split(flops: float) -> tuple[float, float]:
-    """Parameters and tokens with the least loss for `flops` = 6 N D; closed form."""
-    law = BESIROGLU_2024
-    ratio = law.params_exponent * law.params_factor / (law.tokens_exponent * law.tokens_factor)
-    total = law.params_exponent + law.tokens_exponent
-    n_params = ratio ** (1 / total) * (flops / 6) ** (law.tokens_exponent / total)
-    return n_params, flops / 6 / n_params
-
-
 def loss_range(n_params: float, tokens: float) -> tuple[float, float, float]:
     """Tenth, fiftieth and ninetieth percentile of the loss under the law's own uncertainty."""
     normal = np.random.default_rng(0).standard_normal((2001, 3))

@@ -101,17 +101,39 @@ def test_work_is_counted_for_the_context(few_prices):
     assert answer.total_flops == answer.flops_per_token * 10**10
 
 
-@given(budget=st.floats(2, 2000), more=st.floats(1, 4))
-@settings(max_examples=12, deadline=None)
+@given(budget=st.floats(0.3, 20_000), more=st.floats(1, 4))
+@settings(max_examples=15, deadline=None)
 def test_more_budget_never_gives_a_worse_model(budget: float, more: float):
-    snapshot = load_snapshot()
-    p4d = tuple(o for o in snapshot.offers if o.instance in ("p4d.24xlarge", "p5.4xlarge"))
-    prices = replace(snapshot, offers=p4d)
+    prices = load_snapshot()
 
     small = ask(None, prices, budget_usd=budget)
     large = ask(None, prices, budget_usd=budget * more)
 
     assert loss_of(large) <= loss_of(small) + 1e-12
+
+
+@pytest.mark.parametrize("config", [None, NAMED_SIZES["350m"]], ids=["any size", "350m"])
+def test_the_least_budget_is_enough_and_no_less_is(few_prices, config):
+    with pytest.raises(ConfigError) as caught:
+        ask(config, few_prices, budget_usd=0.01)
+    least = float(str(caught.value).rsplit("--budget ", 1)[1])
+
+    assert ask(config, few_prices, budget_usd=least).offers[0].bill.usd.p90 <= least
+    with pytest.raises(ConfigError, match=f"add --budget {least}"):
+        ask(config, few_prices, budget_usd=0.97 * least)
+
+
+def test_the_least_deadline_is_enough_and_no_less_is(few_prices):
+    def spend(minutes: float) -> Estimate:
+        return ask(None, few_prices, budget_usd=100, deadline_hours=minutes / 60)
+
+    with pytest.raises(ConfigError, match="no model is trained within 5 min: nine") as caught:
+        spend(5)
+    least = int(str(caught.value).rsplit(" ", 1)[1].removesuffix("min"))
+
+    assert spend(least).offers[0].bill.hours.p90 <= least / 60
+    with pytest.raises(ConfigError, match=f"add --deadline {least}min"):
+        spend(least - 1)
 
 
 @pytest.mark.parametrize("budget", [3, 30, 300, 3000])
