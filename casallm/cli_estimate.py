@@ -94,15 +94,20 @@ def parse_shape(text: str) -> "ModelConfig":
     from casallm.errors import ConfigError
     from casallm.estimate.architecture import ModelConfig
 
-    tree = {"family": "classic"} | parse_overrides(part for part in text.split(",") if part.strip())
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    keys = ["is_tied" if part.startswith("tied=") else part.partition("=")[0] for part in parts]
+    example = "write it as n_layers=24,d_model=2048,n_heads=16,vocab_size=50304"
+    for part, key in zip(parts, keys, strict=True):
+        if "=" not in part:
+            raise ConfigError(f"--shape: {part!r} is not KEY=VALUE: {example}")
+        if keys.count(key) > 1:
+            raise ConfigError(f"--shape says {key} {keys.count(key)} times: keep one of them")
+    tree = {"family": "classic"} | parse_overrides(parts)
     if "tied" in tree:
         tree["is_tied"] = tree.pop("tied")
     missing = [key for key in ("n_layers", "d_model", "n_heads", "vocab_size") if key not in tree]
     if missing:
-        raise ConfigError(
-            f"--shape {text!r} lacks {', '.join(missing)}: write it as"
-            " n_layers=24,d_model=2048,n_heads=16,vocab_size=50304"
-        )
+        raise ConfigError(f"--shape {text!r} lacks {', '.join(missing)}: {example}")
     loose: dict[str, Any] = {}
     if tree["family"] == "classic":
         loose = {key: tree.pop(key) for key in ("is_tied", "n_kv_heads") if key in tree}
@@ -192,15 +197,15 @@ def _wishes(stack: str, precision: str, recompute: Text, micro_batch: int | None
 def _show(answer: "Estimate", *, explain: bool, as_json: bool, plot: Path | None) -> None:
     from casallm.estimate.answer import to_json
 
-    if as_json:
-        typer.echo(json.dumps(to_json(answer), indent=2))
-    else:
-        _print(answer, explain=explain)
     if plot is not None:
         from casallm.estimate.plot import plot as draw
 
         draw(answer, plot)
         typer.echo(f"written to {plot}", err=True)
+    if as_json:
+        typer.echo(json.dumps(to_json(answer), indent=2))
+    else:
+        _print(answer, explain=explain)
 
 
 def _print(answer: "Estimate", *, explain: bool) -> None:

@@ -12,8 +12,10 @@ from casallm.cli_estimate import estimate_command, parse_shape
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import count_matmul_params, count_params, named_size
 
+SHAPE = "n_layers=24,d_model=2048,n_heads=16,vocab_size=50304"
+PRICED = ("--params", "1B", "--gpu", "A100:8", "--price-per-gpu-hour")
 KNOWN = (
-    "--shape", "n_layers=24,d_model=2048,n_heads=16,vocab_size=50304", "--context", "2048",
+    "--shape", SHAPE, "--context", "2048",
     "--tokens", "26B", "--gpu", "A100-80GB:8", "--nodes", "16", "--stack", "eager",
     "--price-per-gpu-hour", "1.75",
 )  # fmt: skip
@@ -149,7 +151,31 @@ def test_a_plot_is_written_where_it_is_asked_for(tmp_path: Path):
         (["--params", "1B", "--stack", "eagre"], "--stack 'eagre' is unknown, did you mean eager"),
         (["--params", "1B", "--micro-batch", "0"], "at least 1"),
         (["--params", "1B", "--deadline", "soon"], "--deadline 'soon'"),
+        (["--params", "1.2"], "is 1.2, which is no whole number: did you mean 1.2B"),
+        (["--params", "1,2B"], "has a comma for a decimal point: write it as 1.2B"),
+        (["--params", "12"], "12 parameters make no sensible shape: ask for 1M to 1T"),
+        (["--params", "1B", "--tokens", "0"], "--tokens is 0, but must be positive"),
+        (["--params", "1B", "--context", "10000000"], "does not fit .* or a shorter context"),
+        (["--params", "1B", "--nodes", "0"], "0 nodes train nothing: try --nodes 1"),
+        (["--params", "1B", "--gpu", "A100:3"], "A100:3 .* it is sold by 1, 2, 4, 8, or give"),
+        (["--params", "1B", "--region", "eu-north2"], "did you mean eu-north1"),
+        (["--params", "1B", "--cloud", "azure"], r"known: aws, lambda, nebius, runpod"),
+        (["--params", "1B", "--precision", "fp4"], "'fp4' is unknown, did you mean fp8"),
+        (["--params", "1B", "--recompute", "half"], r"known: none, selective, full"),
+        (
+            ["--budget", "100", "--deadline", "5m"],
+            r"no model is trained within 5 min: .*add --dead",
+        ),
+        (["--budget", "-5"], "is not an amount of money: write it as 100"),
+        ([*PRICED, "0"], "'0' is not an amount of money"),
+        ([*PRICED, "-1"], "'-1' is not an amount of money"),
+        ([*PRICED, "nan"], "'nan' is not a number"),
         (["--shape", "n_layers=24"], "lacks d_model, n_heads, vocab_size"),
+        (["--shape", "n_layers 24"], "'n_layers 24' is not KEY=VALUE: write it as n_layers=24,"),
+        (["--shape", f"{SHAPE},n_layers=25"], "says n_layers 2 times: keep one"),
+        (["--shape", f"{SHAPE},tied=true,is_tied=false"], "says is_tied 2 times"),
+        (["--shape", f"{SHAPE},d_ff=-1"], "d_ff is -1: input should be greater than 0"),
+        (["--shape", SHAPE.replace("n_heads=16", "n_heads=15")], "n_heads 15: 16 would divide it"),
         (["--shape", "layers=24,d_model=8,n_heads=2,vocab_size=9,n_layers=2"], "no setting layers"),
         ([], "no model is named"),
     ],
@@ -157,6 +183,18 @@ def test_a_plot_is_written_where_it_is_asked_for(tmp_path: Path):
 def test_nonsense_gets_a_sentence_with_the_nearest_sensible_thing(arguments, sentence):
     with pytest.raises(ConfigError, match=sentence):
         run(*arguments)
+
+
+@pytest.mark.parametrize("ending", ["nowhere/cost.png", "cost.xyz"])
+def test_a_plot_that_fails_is_told_before_anything_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ending: str
+):
+    pytest.importorskip("matplotlib")
+
+    with pytest.raises(ConfigError, match=r"--plot|cannot be written"):
+        estimate_command(params="100M", cloud="lambda", as_json=True, plot=tmp_path / ending)
+
+    assert capsys.readouterr().out == ""
 
 
 def test_a_shape_is_classic_and_tied_unless_said():

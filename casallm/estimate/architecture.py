@@ -55,14 +55,15 @@ class ModelConfig(Config):
     def _consistent(self) -> "ModelConfig":
         if self.d_model % self.n_heads:
             raise ValueError(
-                f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}"
+                f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}:"
+                f" {_nearest_divisor(self.d_model, self.n_heads)} would divide it"
             )
         if self.d_head % 2:
             raise ValueError(f"heads are {self.d_head} wide, but RoPE needs an even width")
         if self.n_heads % self.kv_heads:
             raise ValueError(
                 f"model.n_heads {self.n_heads} is not a multiple of model.n_kv_heads"
-                f" {self.kv_heads}"
+                f" {self.kv_heads}: {_nearest_divisor(self.n_heads, self.kv_heads)} would divide it"
             )
         if self.family == "classic" and (self.kv_heads != self.n_heads or not self.is_tied):
             raise ValueError("the classic family has neither grouped heads nor an untied head")
@@ -89,6 +90,14 @@ class ModelConfig(Config):
     def padded_vocab_size(self) -> int:
         """Rows of the embedding and the head."""
         return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    for distance in range(min(wanted, 10_000)):
+        for near in (wanted - distance, wanted + distance):
+            if number % near == 0:
+                return near
+    return 1
 
 
 def _swiglu_width(d_model: int) -> int:
@@ -172,7 +181,7 @@ def shape_for_params(n_params: int, vocab_size: int | None = None) -> ModelConfi
     """
     if n_params > MOST_PARAMS:
         raise ConfigError(
-            f"{n_params:.3g} parameters are more than any model has: ask for 1M to 1T"
+            f"{format_count(n_params)} parameters are more than any model has: ask for 1M to 1T"
         )
     vocabs = [vocab_size] if vocab_size else _vocabs_for_params(n_params)
     shapes: list[ModelConfig] = []
@@ -181,9 +190,9 @@ def shape_for_params(n_params: int, vocab_size: int | None = None) -> ModelConfi
         best = min(shapes, key=lambda shape: _awkwardness(shape, n_params), default=None)
         if best is not None and (_awkwardness(best, n_params) < 0.8 or vocab == vocabs[-1]):
             return best
+    at_vocab = f" with a vocabulary of {vocab_size:,}" if vocab_size else ""
     raise ConfigError(
-        f"params={format_count(n_params)} has no sensible shape with a vocabulary of"
-        f" {vocabs[0]:,}: ask for 1M to 1T parameters, or set model.vocab_size"
+        f"{format_count(n_params)} parameters make no sensible shape{at_vocab}: ask for 1M to 1T"
     )
 
 

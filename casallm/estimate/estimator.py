@@ -328,9 +328,8 @@ def _budget_reason(request: EstimateRequest, best: OfferEstimate, n_offers: int)
     within = format_usd(budget)
     if request.deadline_hours:
         within += f" and {_duration(request.deadline_hours)}"
-    reason = (
-        f"of {n_offers} offers it buys the lowest expected loss for {within}, nine times in ten"
-    )
+    buys = f"it buys the lowest expected loss for {within}, nine times in ten"
+    reason = f"of {n_offers} offers {buys}" if n_offers > 1 else f"{_ASKED_FOR}: {buys}"
     if best.bill.usd.p90 < 0.8 * budget:
         reason += "; more money needs more machines or more time: add --nodes or --deadline"
     return reason

@@ -1,5 +1,7 @@
 """Dollars against parameters, a line an offer: what every size costs, and where."""
 
+import contextlib
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +45,8 @@ def plot(answer: Estimate, path: Path) -> None:
             high = [each.bill.usd.p90 for _, each in points]
             axes.fill_between(sizes, low, high, color=line.get_color(), alpha=0.15, linewidth=0)
     axes.axvline(answer.n_params, color="0.6", linewidth=1, linestyle=":")
-    axes.set(xscale="log", yscale="log", xlabel="parameters", ylabel="dollars, all in")
+    axes.set(xscale="log", yscale="log", ylabel="dollars, all in")
+    axes.set_xlabel("parameters; a line ends where the model no longer fits")
     axes.set_title(
         f"20 tokens a parameter, prices of {answer.prices.as_of}; the band holds 8 of 10 runs"
     )
@@ -53,15 +56,25 @@ def plot(answer: Estimate, path: Path) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"${value:,.0f}")
     axes.grid(which="major", color="0.9")
     axes.legend(frameon=False, fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix[1:], dpi=120)
+    pyplot.close(figure)
+    _write(path, picture.getvalue())
+
+
+def _write(path: Path, picture: bytes) -> None:
+    """The whole file, or none and a sentence."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
     try:
-        figure.savefig(path, dpi=120)
+        unfinished.write_bytes(picture)
+        unfinished.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise ConfigError(
             f"the plot cannot be written to {path}: {error.strerror}; name a file in a folder of"
             " yours"
         ) from None
-    finally:
-        pyplot.close(figure)
 
 
 def _curves(answer: Estimate) -> dict[str, list[tuple[int, OfferEstimate]]]:

@@ -316,11 +316,20 @@ def test_what_speaks_against_a_machine_is_said():
     assert any("more than the whole run" in note for note in notes(estimate(short)))
 
 
-@pytest.mark.parametrize(("name", "sentence"), [("c.xyz", "try cost.png"), ("no/c.png", "No such")])
-def test_a_plot_that_cannot_be_written_gets_a_sentence(answer: Estimate, tmp_path, name, sentence):
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("c.xyz", "try cost.png"), ("no/c.png", "No such"), ("folder.png", "a folder of yours")],
+)
+def test_a_plot_that_cannot_be_written_gets_a_sentence_and_leaves_nothing(
+    answer: Estimate, tmp_path, name, sentence
+):
     pytest.importorskip("matplotlib")
+    (tmp_path / "folder.png").mkdir()
+
     with pytest.raises(ConfigError, match=sentence):
         plot(answer, tmp_path / name)
+
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_more_than_fineweb_edu_is_said(few_prices):
