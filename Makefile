@@ -37,8 +37,7 @@ DRY = $(if $(DRYRUN),--dry-run)
 RENT = --cloud $(CLOUD) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) \
   $(if $(REGION),--region $(REGION)) $(if $(filter 0,$(SPOT)),--on-demand) \
   $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEADLINE),--deadline $(DEADLINE)) \
-  $(if $(NOTIFY),--notify $(NOTIFY)) $(if $(BUCKET),--bucket $(BUCKET)) \
-  $(if $(DIRTY),--allow-dirty) $(if $(YES),--yes) $(DRY)
+  $(if $(BUCKET),--bucket $(BUCKET)) $(if $(DIRTY),--allow-dirty) $(if $(YES),--yes) $(DRY)
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help

@@ -19,6 +19,12 @@ PARALLEL = 8
 GONE = ("terminated",)
 """States of an instance that bills nothing and will not come back."""
 
+DENIED = ("AccessDenied", "UnauthorizedOperation", "AccessDeniedException")
+"""What AWS answers to somebody who may not do a thing."""
+
+CLOSED = (*DENIED, "AuthFailure", "OptInRequired")
+"""What it answers where a whole region is closed to somebody."""
+
 # Names of the quotas on running vCPUs, by (family, is spot): docs.aws.amazon.com/general/latest/gr
 QUOTAS = {
     ("p4", True): ("L-7212CCBC", "All P4, P3 and P2 Spot Instance Requests"),
@@ -44,6 +50,15 @@ class Leftover:
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id} in {self.region} ({self.state})"
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a look into several regions found."""
+
+    found: tuple[Leftover, ...]
+    closed: tuple[str, ...] = ()
+    """Regions into which a policy lets this user not look: nothing can be rented there either."""
 
 
 def account_id() -> str:
@@ -129,13 +144,21 @@ def enabled_regions() -> list[str]:
         return sorted(region["RegionName"] for region in answer["Regions"])
 
 
-def leftovers(regions: Iterable[str], labels: dict[str, str]) -> list[Leftover]:
-    """Instances, volumes and spot requests that carry all `labels`, in the regions given."""
+def survey(regions: Iterable[str], labels: dict[str, str]) -> Survey:
+    """Instances, volumes and spot requests that carry all `labels`, in the regions given.
+
+    A region that a policy closes to this user is named and does not hide the others; CloudError
+    where all of them are closed.
+    """
+    names = list(regions)
     with _explained():
-        names = list(regions)
         clients = dict(zip(names, _clients("ec2", names), strict=True))
-        found = _in_parallel(lambda region: _left_in(region, clients[region], labels), names)
-    return sorted((each for part in found for each in part), key=str)
+    answers = _in_parallel(lambda region: _look(region, clients[region], labels), names)
+    refused = {n: a for n, a in zip(names, answers, strict=True) if isinstance(a, CloudError)}
+    if refused and len(refused) == len(names):
+        raise refused[names[0]]
+    found = (each for answer in answers if not isinstance(answer, CloudError) for each in answer)
+    return Survey(tuple(sorted(found, key=str)), tuple(refused))
 
 
 def unfinished_uploads(bucket: str, prefix: str) -> list[Leftover]:
@@ -151,22 +174,42 @@ def unfinished_uploads(bucket: str, prefix: str) -> list[Leftover]:
 
 
 def remove(leftover: Leftover) -> None:
-    """End it: what is already gone is fine."""
+    """End it; what is already gone is fine, and CloudError says why it cannot be ended."""
     errors = _errors()
-    with _explained(), contextlib.suppress(errors.ClientError):
-        if leftover.kind == "upload":
-            key, _, upload_id = leftover.id.rpartition("#")
-            _client("s3", None).abort_multipart_upload(
-                Bucket=leftover.region, Key=key, UploadId=upload_id
-            )
-            return
-        ec2 = _client("ec2", leftover.region)
-        if leftover.kind == "instance":
-            ec2.terminate_instances(InstanceIds=[leftover.id])
-        elif leftover.kind == "spot request":
-            ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=[leftover.id])
-        else:
-            ec2.delete_volume(VolumeId=leftover.id)
+    with _explained():
+        try:
+            _remove(leftover)
+        except errors.ClientError as error:
+            code = str(error.response["Error"]["Code"])
+            if not code.startswith("NoSuch") and not code.endswith((".NotFound", "InUse")):
+                raise
+
+
+def _remove(leftover: Leftover) -> None:
+    if leftover.kind == "upload":
+        key, _, upload_id = leftover.id.rpartition("#")
+        s3 = _client("s3", None)
+        s3.abort_multipart_upload(Bucket=leftover.region, Key=key, UploadId=upload_id)
+        return
+    ec2 = _client("ec2", leftover.region)
+    if leftover.kind == "instance":
+        ec2.terminate_instances(InstanceIds=[leftover.id])
+    elif leftover.kind == "spot request":
+        ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=[leftover.id])
+    else:
+        ec2.delete_volume(VolumeId=leftover.id)
+
+
+def _look(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover] | CloudError:
+    """What is in the region, or why this user may not look."""
+    errors = _errors()
+    with _explained():
+        try:
+            return _left_in(region, ec2, labels)
+        except errors.ClientError as error:
+            if error.response["Error"]["Code"] not in CLOSED:
+                raise
+            return CloudError(_refusal(error))
 
 
 def _left_in(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover]:
@@ -228,6 +271,13 @@ def _errors() -> Any:
     return botocore.exceptions
 
 
+def _unreadable() -> type[Exception]:
+    """What botocore raises where somebody else answers in AWS's place, such as a proxy."""
+    from botocore.parsers import ResponseParserError
+
+    return ResponseParserError
+
+
 @contextlib.contextmanager
 def _explained() -> Iterator[None]:
     """Turn botocore's errors into one sentence with the command that helps."""
@@ -242,7 +292,7 @@ def _explained() -> Iterator[None]:
         raise CloudError(_EXPIRED) from None
     except errors.ClientError as error:
         raise CloudError(_refusal(error)) from None
-    except errors.BotoCoreError as error:
+    except (errors.BotoCoreError, _unreadable()) as error:
         raise CloudError(
             f"AWS cannot be reached ({error}): check the network and AWS_ENDPOINT_URL"
         ) from None
@@ -262,7 +312,7 @@ def _refusal(error: Any) -> str:
         "InvalidAccessKeyId",
     ):
         return f"AWS does not know these credentials ({code}): run `aws configure`"
-    if code in ("AccessDenied", "UnauthorizedOperation", "AccessDeniedException"):
+    if code in DENIED:
         return (
             f"AWS does not let you {error.operation_name}: attach the policy of"
             " docs/guides/pretrain-on-aws.md to your user"

@@ -74,7 +74,6 @@ def up(
     spot: Annotated[bool, typer.Option("--spot/--on-demand", help="Preemptible machines.")] = True,
     budget: Annotated[str | None, typer.Option(help="Dollars at which the run ends well.")] = None,
     deadline: Annotated[str | None, typer.Option(help="Hours at which it does.")] = None,
-    notify: Annotated[str | None, typer.Option(help="A webhook, told of the end.")] = None,
     bucket: BucketOption = None,
     allow_dirty: Annotated[
         bool, typer.Option("--allow-dirty", help="Send uncommitted code as it is.")
@@ -111,7 +110,6 @@ def up(
         settings=tuple(settings or ()),
     )
     choices = Choices(
-        notify=notify,
         is_dirty_allowed=allow_dirty,
         is_detached=detach,
         is_sure=yes,

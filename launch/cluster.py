@@ -6,14 +6,16 @@ SkyPilot gives them, and the controller of managed jobs is deleted, not stopped,
 """
 
 import contextlib
+import json
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 from casallm.errors import CloudError, MissingExtraError
+from launch.sky_errors import NoControllerError, explained
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +25,9 @@ CONFIG = (
     "jobs.controller.autostop.down=true",
 )
 """Settings of SkyPilot that hold for everything launched here."""
+
+PREFIX = "casallm-"
+"""How the names of everything launched here begin."""
 
 CONTROLLER = "sky-jobs-controller-"
 """How SkyPilot names the machine that watches managed jobs."""
@@ -49,6 +54,12 @@ _LIVE_JOB = (
 )
 
 
+OVER = ("FAILED", "CANCELLED", "SUCCEEDED")
+"""How SkyPilot's words for a job that has ended begin."""
+
+_WAITING = ("PENDING", "SUBMITTED", "STARTING")
+
+
 @dataclass(frozen=True)
 class Standing:
     """What SkyPilot has running, or had, under one name."""
@@ -63,6 +74,11 @@ class Standing:
     details: str = ""
 
     @property
+    def waits_for_capacity(self) -> bool:
+        """Whether it is a managed job that has not had a machine yet."""
+        return self.kind == "job" and self.status in _WAITING
+
+    @property
     def is_live(self) -> bool:
         """Whether it goes on by itself, or holds machines."""
         return self.kind == "cluster" or self.status in _LIVE_JOB
@@ -71,42 +87,59 @@ class Standing:
 def submit_job(task: Mapping[str, Any], name: str) -> int:
     """Hand a task to SkyPilot's managed jobs, which recover it; the job's number."""
     sky = _sky()
-    with _explained():
+    with explained():
         made = sky.Task.from_yaml_config(dict(task))
         request = sky.jobs.launch(made, name=name)
     job_ids, _ = _finish(request, seconds=SUBMIT_SECONDS, what="submitting the job")
     return int(job_ids[0])
 
 
-def launch_cluster(task: Mapping[str, Any], name: str, *, wait_hours: float) -> None:
+def launch_cluster(task: Mapping[str, Any], name: str) -> None:
     """Start a task on machines of its own that end themselves when idle.
 
-    Waits up to `wait_hours` for machines; then nothing of them is left and CloudError says so.
+    NoCapacityError where none is to be had now; after any CloudError nothing of them is left.
     """
     sky = _sky()
-    with _explained():
+    with explained():
         made = sky.Task.from_yaml_config(dict(task))
-        request = sky.launch(made, cluster_name=name, retry_until_up=wait_hours > 0)
+        request = sky.launch(made, cluster_name=name)
     try:
-        _finish(request, seconds=3600 * wait_hours + SUBMIT_SECONDS, what="launching")
+        _finish(request, seconds=SUBMIT_SECONDS, what="launching")
     except CloudError:
         end_cluster(name)
         raise
 
 
+def launches() -> dict[str, list[str]]:
+    """What SkyPilot's server is launching for us: its requests, by the name of what is launched."""
+    sky = _sky()
+    with explained():
+        under_way = [record for record in sky.api_status() if record.name in _LAUNCHES]
+    requests: dict[str, list[str]] = {}
+    for record in under_way:
+        name = _launched_name(record)
+        if name.startswith(PREFIX):
+            requests.setdefault(name, []).append(str(record.request_id))
+    return requests
+
+
+def cancel_launches(name: str) -> bool:
+    """Stop what the server is launching under `name`; whether there was anything."""
+    requests = launches().get(name, [])
+    if requests:
+        sky = _sky()
+        with explained():
+            request = sky.api_cancel(requests, silent=True)
+        _finish(request, seconds=CALL_SECONDS, what="calling off the launch")
+    return bool(requests)
+
+
 def settle(name: str) -> None:
     """Wait until no launch under `name` that an earlier, killed start asked for is under way."""
-    sky = _sky()
-    with _explained():
-        running = [
-            record
-            for record in sky.api_status()
-            if record.name in _LAUNCHES and record.cluster_name in (name, None, "")
-        ]
-    for record in running:
-        log.info("an earlier start is still at work (%s): waiting for it", record.name)
+    for request in launches().get(name, []):
+        log.info("an earlier start of %s is still at work: waiting for it", name)
         with contextlib.suppress(CloudError):
-            _finish(record.request_id, seconds=SUBMIT_SECONDS, what="an earlier launch")
+            _finish(request, seconds=SUBMIT_SECONDS, what="an earlier launch")
 
 
 def ends_itself(name: str) -> bool:
@@ -120,7 +153,7 @@ def ends_itself(name: str) -> bool:
 def make_end_itself(name: str, *, idle_minutes: int) -> None:
     """Let the cluster delete itself when idle."""
     sky = _sky()
-    with _explained():
+    with explained():
         request = sky.autostop(name, idle_minutes, down=True)
     _finish(request, seconds=CALL_SECONDS, what="setting autodown")
 
@@ -145,7 +178,7 @@ def cluster_job_status(name: str, job_id: int | None = None) -> str:
     """SkyPilot's word for a job on a cluster (default: the newest); empty if it cannot be asked."""
     sky = _sky()
     try:
-        with _explained():
+        with explained():
             request = sky.job_status(name, None if job_id is None else [job_id])
         answer = _finish(request, seconds=CALL_SECONDS, what="asking for the job's state")
     except CloudError as error:
@@ -158,7 +191,17 @@ def live_names() -> list[str]:
     """Everything of ours that SkyPilot knows to be live, the controller left out."""
     names = [str(record["job_name"]) for record in _jobs() if _job_standing(record).is_live]
     names += [str(record["name"]) for record in _clusters() if not _is_controller(record)]
-    return sorted({name for name in names if name.startswith("casallm-")})
+    return sorted({name for name in names if name.startswith(PREFIX)})
+
+
+def has_live_jobs() -> bool:
+    """Whether the controller has a managed job to watch, ours or anybody's."""
+    return any(_job_standing(record).is_live for record in _jobs())
+
+
+def has_cluster(name: str) -> bool:
+    """Whether SkyPilot knows of machines under that name, in whatever state."""
+    return bool(_clusters(name))
 
 
 def controller() -> str | None:
@@ -176,7 +219,7 @@ def end_job(name: str) -> None:
     ]
     if not ids:
         return
-    with _explained():
+    with explained():
         request = sky.jobs.cancel(job_ids=ids)
     _finish(request, seconds=CALL_SECONDS, what="cancelling the job")
     deadline = time.monotonic() + DOWN_SECONDS
@@ -194,7 +237,7 @@ def end_cluster(name: str) -> None:
     sky = _sky()
     if not _clusters(name):
         return
-    with _explained():
+    with explained():
         request = sky.down(name)
     _finish(request, seconds=DOWN_SECONDS, what="deleting the machines")
 
@@ -206,15 +249,16 @@ def end_controller() -> None:
             end_cluster(str(record["name"]))
 
 
-def tail(name: str) -> int:
-    """Print what the job says until it ends or the reader leaves; SkyPilot's exit code."""
+def tail(name: str, *, follow: bool = True) -> int:
+    """Print what the job says, until it ends or the reader leaves; SkyPilot's exit code."""
     sky = _sky()
     current = standing(name)
-    with _explained():
+    with explained():
         if current.kind == "job":
-            return int(sky.jobs.tail_logs(job_id=current.job_id, follow=current.is_live) or 0)
+            is_followed = follow and current.is_live
+            return int(sky.jobs.tail_logs(job_id=current.job_id, follow=is_followed) or 0)
         if current.kind == "cluster":
-            return int(sky.tail_logs(name, None, follow=True) or 0)
+            return int(sky.tail_logs(name, None, follow=follow) or 0)
     raise CloudError(f"SkyPilot knows nothing that is called {name}: look at `make status`")
 
 
@@ -222,10 +266,10 @@ def _jobs() -> list[dict[str, Any]]:
     """All managed jobs, newest first; none where there is no controller to ask."""
     sky = _sky()
     try:
-        with _explained():
+        with explained():
             request = sky.jobs.queue_v2(refresh=False, skip_finished=False)
         records, *_ = _finish(request, seconds=CALL_SECONDS, what="asking for managed jobs")
-    except _NoControllerError:
+    except NoControllerError:
         return []
     rows = [record if isinstance(record, dict) else record.model_dump() for record in records]
     return sorted(rows, key=lambda row: -int(row.get("job_id") or 0))
@@ -233,10 +277,20 @@ def _jobs() -> list[dict[str, Any]]:
 
 def _clusters(name: str | None = None) -> list[dict[str, Any]]:
     sky = _sky()
-    with _explained():
+    with explained():
         request = sky.status([name] if name else None, refresh=sky.StatusRefreshMode.AUTO)
     records = _finish(request, seconds=CALL_SECONDS, what="asking for clusters")
     return [record if isinstance(record, dict) else record.model_dump() for record in records]
+
+
+def _launched_name(record: Any) -> str:
+    """The cluster or managed job that a request is to launch."""
+    if record.cluster_name and not str(record.cluster_name).startswith(CONTROLLER):
+        return str(record.cluster_name)
+    try:
+        return str(json.loads(record.request_body or "{}").get("name") or "")
+    except (ValueError, AttributeError):
+        return ""
 
 
 def _job_standing(record: Mapping[str, Any]) -> Standing:
@@ -259,10 +313,6 @@ def _word(status: Any) -> str:
     return str(getattr(status, "value", status) or "").rpartition(".")[2]
 
 
-class _NoControllerError(CloudError):
-    """There is no controller of managed jobs, so there are none."""
-
-
 @cache
 def _sky() -> Any:
     """SkyPilot, with our settings applied once a process."""
@@ -280,7 +330,7 @@ def _finish(request: Any, *, seconds: float, what: str) -> Any:
     """The result of a request to the API server; CloudError when it takes too long."""
     sky = _sky()
     deadline, pause = time.monotonic() + seconds, 0.2
-    with _explained():
+    with explained():
         while not _is_over(request):
             if time.monotonic() > deadline:
                 with contextlib.suppress(OSError):
@@ -302,44 +352,3 @@ def _is_over(request: Any) -> bool:
         log.debug("SkyPilot's API server did not say: %s", error)
         return False
     return not records or records[0].status in ("SUCCEEDED", "FAILED", "CANCELLED")
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    """Turn SkyPilot's exceptions into one sentence with the command that helps."""
-    from sky import exceptions
-
-    anything_else: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError)
-    anything_else += _own_errors(exceptions)
-    try:
-        yield
-    except CloudError:
-        raise
-    except (exceptions.ClusterNotUpError, exceptions.ClusterDoesNotExist) as error:
-        raise _NoControllerError(_first_sentence(error)) from None
-    except exceptions.ResourcesUnavailableError:
-        raise CloudError(
-            "no machine of the plan is to be had now, in none of its regions, within its price:"
-            " wait and run the same command again, or add REGION=, GPU= or SPOT=0"
-        ) from None
-    except exceptions.NoCloudAccessError:
-        raise CloudError(
-            "SkyPilot may use no cloud with these credentials: `sky check` says why"
-        ) from None
-    except (exceptions.RequestCancelled, exceptions.ApiServerConnectionError) as error:
-        raise CloudError(
-            f"SkyPilot's API server stopped ({_first_sentence(error)}): run the same command again"
-        ) from None
-    except anything_else as error:
-        raise CloudError(f"SkyPilot: {_first_sentence(error)}") from None
-
-
-def _own_errors(module: Any) -> tuple[type[Exception], ...]:
-    """Every exception that SkyPilot defines; they have no common parent."""
-    defined = vars(module).values()
-    return tuple(each for each in defined if isinstance(each, type) and issubclass(each, Exception))
-
-
-def _first_sentence(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

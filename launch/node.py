@@ -4,12 +4,14 @@
 stop a job: what cannot be found out is left empty and said on stderr.
 """
 
+import http.client
 import json
 import logging
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
+from datetime import UTC, datetime
 
 from casallm.estimate.prices import hourly_price, load_prices
 
@@ -24,13 +26,18 @@ _TIMEOUT_SECONDS = 5.0
 
 
 def usd_per_hour(environment: Mapping[str, str] | None = None) -> float | None:
-    """Dollars an hour of all nodes of this job, by the plan's prices; None where unknown."""
+    """Dollars an hour of all nodes of this job; None where unknown.
+
+    What AWS asks for such a spot machine now, else the plan's price, else that of the price list.
+    """
     env = os.environ if environment is None else environment
     cluster = _cluster(env)
     cloud, region = str(cluster.get("cloud", "")).lower(), str(cluster.get("region", ""))
     instance = _ask("meta-data/instance-type") if cloud == "aws" else ""
     is_spot = cloud == "aws" and _ask("meta-data/instance-life-cycle") == "spot"
-    price = planned_price(env.get("OFFERS", ""), cloud, region, instance)
+    price = market_price(region, str(cluster.get("zone") or ""), instance) if is_spot else None
+    if price is None:
+        price = planned_price(env.get("OFFERS", ""), cloud, region, instance)
     if price is None:
         price = listed_price(cloud, region, instance, is_spot=is_spot)
     if price is None:
@@ -39,6 +46,34 @@ def usd_per_hour(environment: Mapping[str, str] | None = None) -> float | None:
         )
         return None
     return price * int(env.get("SKYPILOT_NUM_NODES") or 1)
+
+
+def market_price(region: str, zone: str, instance: str) -> float | None:
+    """Dollars an hour that AWS asks now for a spot machine in the zone; None where it does not say.
+
+    The node asks with its own role (ec2:DescribeSpotPriceHistory).
+    """
+    try:
+        import botocore.session
+        from botocore.config import Config
+        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.parsers import ResponseParserError
+    except ImportError:
+        return None
+    limits = Config(connect_timeout=5, read_timeout=10, retries={"total_max_attempts": 2})
+    try:
+        ec2 = botocore.session.get_session().create_client("ec2", region_name=region, config=limits)
+        answer = ec2.describe_spot_price_history(
+            InstanceTypes=[instance],
+            ProductDescriptions=["Linux/UNIX"],
+            Filters=[{"Name": "availability-zone", "Values": [zone]}],
+            StartTime=datetime.now(UTC),
+        )
+        prices = [float(each["SpotPrice"]) for each in answer["SpotPriceHistory"][:1]]
+    except (BotoCoreError, ClientError, ResponseParserError, KeyError, ValueError) as error:
+        log.warning("AWS does not say what %s costs as spot in %s (%s)", instance, zone, error)
+        return None
+    return prices[0] if prices and prices[0] > 0 else None
 
 
 def planned_price(offers: str, cloud: str, region: str, instance: str) -> float | None:
@@ -68,9 +103,10 @@ def notify(url: str, text: str) -> bool:
         request = urllib.request.Request(url, data=body, headers=headers)
         with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS):
             return True
-    except (urllib.error.URLError, OSError, ValueError) as error:
-        reason = getattr(error, "reason", type(error).__name__)
-        log.warning("the webhook did not take the message (%s)", reason)
+    except (http.client.HTTPException, OSError, ValueError) as error:
+        # its address is a secret, which some errors quote: only their kind is said
+        code = getattr(error, "code", "")
+        log.warning("the webhook did not take the message (%s %s)", type(error).__name__, code)
         return False
 
 

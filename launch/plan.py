@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 
 from casallm.errors import ConfigError
-from casallm.estimate.bill import Item
+from casallm.estimate.bill import PREPARE_USD_PER_HOUR, Item
 from casallm.estimate.cost import Bill, Interval
 from casallm.estimate.estimator import EstimateRequest, OfferEstimate, estimate
 from casallm.estimate.hardware import Hardware, parse_gpu
@@ -35,6 +35,12 @@ BUDGET_FACTOR, DEADLINE_FACTOR = 1.25, 2.0
 
 OVERSHOOT_FRACTION, OVERSHOOT_SECONDS = 0.01, 60.0
 """By how much a run may miss its budget while it saves and ends."""
+
+PREPARE_FACTOR, PREPARE_LEAST_HOURS = 4.0, 2.0
+"""Preparing data may take this many times the estimate, and never less than so long."""
+
+PREPARE_LIMIT_USD = 2 * PREPARE_USD_PER_HOUR
+"""Dollars an hour of the machine that prepares data, beyond which SkyPilot takes none."""
 
 CAPACITY_HOURS = 2.0
 """How long the launcher waits for machines before it gives up."""
@@ -98,17 +104,43 @@ class Plan:
         return math.ceil(dearest * (SPOT_HEADROOM if self.request.is_spot else 1.0) * 100) / 100
 
     @property
+    def most_hourly_usd(self) -> float:
+        """What one machine can be billed at the most, in dollars an hour.
+
+        AWS bills a spot machine at its market price, which never exceeds that on demand.
+        """
+        if not self.request.is_spot:
+            return self.max_hourly_usd
+        on_demand = [hourly_price(candidate.offer, False) for candidate in self.candidates]
+        return max(self.max_hourly_usd, *(usd for usd in on_demand if math.isfinite(usd)))
+
+    @property
+    def prepare_hours(self) -> float:
+        """After which the machine that prepares data ends itself, done or not."""
+        expected = self._usd_of("data preparation") / PREPARE_USD_PER_HOUR
+        return max(PREPARE_LEAST_HOURS, math.ceil(PREPARE_FACTOR * expected))
+
+    @property
     def usd_outside_budget(self) -> float:
-        """What is paid beside the run's own machines: controller, bucket, preparation."""
-        return round(sum(item.usd for item in self.bill.items if item.name in SERVICES), 2)
+        """What is paid at most beside the run's own machines: controller, bucket, preparation."""
+        usd = self._usd_of(*SERVICES)
+        if self.workload.data == "documents":
+            usd += self.prepare_hours * PREPARE_LIMIT_USD - self._usd_of("data preparation")
+        return round(usd, 2)
 
     @property
     def worst_usd(self) -> float:
-        """The most that the run can cost: budget or deadline, and what neither counts."""
-        rate = self.max_hourly_usd * self.request.nodes
+        """The most that the run can cost: budget or deadline, and what neither counts.
+
+        The budget counts the price of the moment at which each machine is got.
+        """
+        rate = self.most_hourly_usd * self.request.nodes
         by_budget = self.budget_usd * (1 + OVERSHOOT_FRACTION) + rate * OVERSHOOT_SECONDS / 3600
         by_deadline = rate * (self.deadline_hours + OVERSHOOT_SECONDS / 3600)
         return round(min(by_budget, by_deadline) + self.usd_outside_budget, 2)
+
+    def _usd_of(self, *names: str) -> float:
+        return sum(item.usd for item in self.bill.items if item.name in names)
 
     def items(self) -> list[Item]:
         """The lines of the bill that are worth a line."""

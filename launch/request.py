@@ -79,6 +79,16 @@ def cluster_name(run_url: str) -> str:
     return f"casallm-{words[: NAME_LENGTH - 15].strip('-')}-{digest}"
 
 
+def data_machine(run_url: str) -> str:
+    """What SkyPilot calls the machine that prepares a run's data."""
+    return f"{cluster_name(run_url)}-data"
+
+
+def machine_names(run_url: str) -> list[str]:
+    """Every name under which SkyPilot may have something of a run; the run's own is first."""
+    return [cluster_name(run_url), data_machine(run_url)]
+
+
 def run_labels(run_url: str) -> dict[str, str]:
     """The labels (on AWS: tags) of everything that is rented for a run."""
     return {**PROJECT, "casallm-run": cluster_name(run_url)}

@@ -21,7 +21,7 @@ def format_plan(plan: Plan) -> str:
         ("model", plan.workload.describe()),
         ("data", _data(plan)),
         ("machines", _machines(plan)),
-        *((("", line)) for line in _fallbacks(plan)),
+        *(("", line) for line in _fallbacks(plan)),
         (
             "time",
             f"{_range_of(bill.hours, _hours)}, after up to {CAPACITY_HOURS:g} h of waiting",
@@ -49,20 +49,27 @@ def _data(plan: Plan) -> str:
     if workload.data != "documents":
         return text
     usd = sum(item.usd for item in plan.bill.items if item.name == "data preparation")
-    return f"{text} ({format_usd(usd)})"
+    return f"{text} ({format_usd(usd)}; at most {plan.prepare_hours:g} h)"
 
 
 def _machines(plan: Plan) -> str:
     nodes = f"{plan.request.nodes} x " if plan.request.nodes > 1 else ""
     kind = "spot" if plan.request.is_spot else "on demand"
-    limit = format_usd(plan.max_hourly_usd * plan.request.nodes)
     rate = format_count(plan.best.job.rate.p50)
-    return f"{nodes}{_describe(plan.candidates[0])}, {kind}, {rate} tokens/s; never above {limit}/h"
+    return f"{nodes}{_describe(plan.candidates[0])}, {kind}, {rate} tokens/s"
 
 
 def _fallbacks(plan: Plan) -> list[str]:
-    others = plan.candidates[1:]
-    return [f"else {_describe(candidate)}" for candidate in others]
+    """The other candidates, and what an hour of any can cost."""
+    others = [f"else {_describe(candidate)}" for candidate in plan.candidates[1:]]
+    limit = format_usd(plan.max_hourly_usd * plan.request.nodes)
+    if not plan.request.is_spot:
+        return [*others, f"never above {limit}/h"]
+    most = format_usd(plan.most_hourly_usd * plan.request.nodes)
+    return [
+        *others,
+        f"taken while listed at up to {limit}/h; billed at the market price, up to {most}/h",
+    ]
 
 
 def _describe(candidate: Candidate) -> str:

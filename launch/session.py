@@ -5,33 +5,35 @@ The command line parses and prints; each function here is one command as a list 
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import typer
 
-from casallm.errors import CloudError, StoreError
+from casallm.errors import CasallmError, CloudError, StoreError
 from casallm.storage.store import open_store
 from launch import aws, cluster, node
-from launch.down import tear_down, tear_down_all
+from launch.down import tear_down
+from launch.follow import Ending, bring_home, follow
 from launch.plan import Plan, build_plan
 from launch.preflight import Findings, Surroundings, preflight
 from launch.progress import read_progress
 from launch.request import ACCOUNT, PROJECT, LaunchRequest, cluster_name, run_labels
 from launch.screen import format_plan
-from launch.up import bring_home, environment_of_this_process, follow, launch_plan, three_commands
+from launch.up import environment_of_this_process, launch_plan, three_commands
 
 log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
+
+RUNS = Path("runs")
 
 
 @dataclass(frozen=True)
 class Choices:
     """How `up` is to behave, beside what it launches."""
 
-    notify: str | None = None
     is_dirty_allowed: bool = False
     is_detached: bool = False
     is_sure: bool = False
@@ -45,8 +47,6 @@ def run_up(request: LaunchRequest, choices: Choices, *, say: Say) -> int:
         say(format_plan(plan))
         return 0
     environment = environment_of_this_process()
-    if choices.notify:
-        environment["NOTIFY"] = choices.notify
     found = preflight(plan, Surroundings(environment, choices.is_dirty_allowed))
     if found.account:
         plan = replace(plan, request=_named(request, found.account))
@@ -64,7 +64,7 @@ def run_up(request: LaunchRequest, choices: Choices, *, say: Say) -> int:
     _create_bucket(found)
     is_launched = False
     try:
-        launch_plan(plan, environment)
+        _launch(plan, environment)
         is_launched = True
         if choices.is_detached:
             say(three_commands(plan.request.run_url))
@@ -82,10 +82,10 @@ def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int
         say(f"this ends: {', '.join(names) or 'whatever carries our label'}")
         if not confirm("End it?"):
             return 1
-    result = tear_down(run_url, cloud=cloud) if run_url else tear_down_all()
+    result = tear_down(run_url, cloud=cloud)
     usd = _paid(run_url) if run_url else None
     say(result.text(usd))
-    return 1 if result.left else 0
+    return 0 if result.is_clean else 1
 
 
 def status_text(run_url: str | None) -> str:
@@ -139,22 +139,52 @@ def confirm(question: str) -> bool:
     return answer.lower() == "y"
 
 
-def _accompany(plan: Plan, environment: dict[str, str], say: Say) -> int:
+def _launch(plan: Plan, environment: Mapping[str, str]) -> None:
+    """Launch the plan; who is away hears of it when that fails."""
+    try:
+        launch_plan(plan, environment)
+    except CloudError as error:
+        _tell(plan, environment, str(error))
+        raise
+
+
+def _accompany(plan: Plan, environment: Mapping[str, str], say: Say) -> int:
     """Follow the run to its end, bring it home, end its machines, say what it cost."""
     url = plan.request.run_url
-    ending = follow(plan)
+    try:
+        ending = follow(plan)
+    except CloudError as error:
+        ending = Ending(False, str(error), was_told=False)
     say(f"{url}: {ending.reason}")
-    if ending.has_succeeded:
-        folder = Path("runs") / url.rpartition("/")[2]
-        files = bring_home(url, folder)
-        say(f"{len(files)} files of it are in {folder}")
-    elif environment.get("NOTIFY") and not ending.was_told:
-        node.notify(environment["NOTIFY"], f"casallm: {url}: {ending.reason}")
-    result = tear_down(url, cloud=plan.request.cloud)
+    try:
+        is_home = not ending.has_succeeded or _bring_home(url, say)
+        if not ending.was_told:
+            _tell(plan, environment, ending.reason)
+        result = tear_down(url, cloud=plan.request.cloud)
+    except KeyboardInterrupt:
+        raise CloudError(
+            f"interrupted before it was known that nothing is left: run `make down RUN={url}`"
+        ) from None
     say(result.text(_paid(url)))
     if not ending.has_succeeded:
         say(f"the same command goes on from the last checkpoint; `make logs RUN={url}` says more")
-    return 0 if ending.has_succeeded and not result.left else 1
+    return 0 if ending.has_succeeded and is_home and result.is_clean else 1
+
+
+def _bring_home(url: str, say: Say) -> bool:
+    """Copy the results to this computer; what fails is said, and does not keep machines alive."""
+    try:
+        folder, n_files = bring_home(url, RUNS)
+    except (CasallmError, OSError) as error:
+        say(f"not everything could be brought home ({error}): it is all in {url}")
+        return False
+    say(f"{n_files} files of it are in {folder}")
+    return True
+
+
+def _tell(plan: Plan, environment: Mapping[str, str], reason: str) -> None:
+    if environment.get("NOTIFY"):
+        node.notify(environment["NOTIFY"], f"casallm: {plan.request.run_url}: {reason}")
 
 
 def _named(request: LaunchRequest, account: str) -> LaunchRequest:
@@ -172,10 +202,11 @@ def _rented(run_url: str | None) -> str:
     """What AWS says is there, also what SkyPilot has lost track of, as the end of a row."""
     labels = run_labels(run_url) if run_url else PROJECT
     try:
-        found = aws.leftovers(aws.enabled_regions(), labels)
+        seen = aws.survey(aws.enabled_regions(), labels)
     except CloudError as error:
         return f"not asked: {error}"
-    return "\n             ".join(map(str, found)) or "nothing"
+    rows = [*map(str, seen.found), *(f"{region} is closed to you" for region in seen.closed)]
+    return "\n             ".join(rows) or "nothing"
 
 
 def _paid(run_url: str) -> float | None:

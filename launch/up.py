@@ -1,33 +1,33 @@
-"""`up`: from a confirmed plan to a finished run, or to a person who left it running.
+"""`up`: from a confirmed plan to a run that goes on by itself.
 
 Each step can be done again: killed anywhere, the same command finds what is there, removes what
 nobody watches, and goes on. What runs in the cloud needs no one here: the node enforces budget and
 deadline, SkyPilot recovers it and deletes its machines.
 """
 
+import contextlib
 import logging
-import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime, timedelta
+from typing import NoReturn
 
-from casallm.errors import CloudError, StoreError
+from casallm.errors import CloudError
 from casallm.storage.store import open_store
-from casallm.units import format_usd
-from launch import aws, cluster
-from launch.down import TearDown, tear_down
-from launch.plan import CAPACITY_HOURS, Plan
-from launch.progress import RunProgress, read_progress
-from launch.request import run_labels
+from launch import aws, cluster, launching
+from launch.launching import Announcement
+from launch.plan import CAPACITY_HOURS, PREPARE_LIMIT_USD, Plan
+from launch.request import data_machine, run_labels
+from launch.sky_errors import NoCapacityError
 from launch.tasks import Overrides, Tree, load_task, override
 
 log = logging.getLogger(__name__)
 
-FOLLOW_SECONDS, ASK_SECONDS = 10.0, 60.0
-START_PATIENCE_SECONDS = 120.0
-"""How long a job may be unknown after it was submitted."""
+CAPACITY_POLL_SECONDS = 60.0
+"""Between two asks for machines, while the cloud has none."""
+
+PREPARE_POLL_SECONDS = 10.0
 
 SECRETS = ("WANDB_API_KEY", "HF_TOKEN", "NOTIFY")
 ROLE_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -36,57 +36,35 @@ ROLE_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 NOTICES = ("aws", "gcp")
 """Clouds whose notices of preemption the trainer understands."""
 
-OVER = ("FAILED", "CANCELLED", "SUCCEEDED")
-"""How SkyPilot's words for a job that has ended begin."""
 
-BROUGHT_HOME = ("config.yaml", "finished.json", "metrics.jsonl", "samples.jsonl")
-BROUGHT_HOME_BELOW = ("report", "plots/", "model/", "tokenizer/")
-
-
-@dataclass(frozen=True)
-class Ending:
-    """How a job that was followed ended."""
-
-    has_succeeded: bool
-    reason: str
-    was_told: bool = True
-    """Whether the node itself had the chance to tell the webhook."""
-
-
-def launch_plan(plan: Plan, environment: Mapping[str, str]) -> cluster.Standing:
+def launch_plan(plan: Plan, environment: Mapping[str, str]) -> None:
     """Have the plan running, whatever an earlier, killed start left behind."""
-    names = (plan.name, _data_machine(plan))
-    for name in names:
-        cluster.settle(name)
-    current, preparing = (cluster.standing(name) for name in names)
-    if not current.is_live and not preparing.is_live:
-        reconcile(plan)
-    if current.is_live and (current.kind == "job" or _has_work(plan.name)):
-        log.info("%s runs already (%s): it is not started twice", plan.name, current.status)
-        return current
-    if plan.workload.data == "documents":
-        _prepare(plan, environment)
-    task = train_task(plan, environment)
-    if plan.request.is_spot:
-        cluster.submit_job(task, plan.name)
-    else:
-        cluster.launch_cluster(task, plan.name, wait_hours=CAPACITY_HOURS)
-        if not cluster.ends_itself(plan.name):
-            cluster.make_end_itself(plan.name, idle_minutes=2)
-    return cluster.standing(plan.name)
+    with launching.announced(plan.name) as announcement:
+        names = (plan.name, data_machine(plan.request.run_url))
+        for name in names:
+            cluster.settle(name)
+        current, preparing = (cluster.standing(name) for name in names)
+        if not current.is_live and not preparing.is_live:
+            reconcile(plan)
+        if current.is_live and (current.kind == "job" or _has_work(plan.name)):
+            log.info("%s runs already (%s): it is not started twice", plan.name, current.status)
+            return
+        if plan.workload.data == "documents":
+            _prepare(plan, environment, announcement)
+        task = train_task(plan, environment)
+        launch = _submit if plan.request.is_spot else _launch
+        launch(task, plan.name, announcement)
 
 
-def reconcile(plan: Plan) -> list[aws.Leftover]:
-    """End what carries the label of a run that SkyPilot does not run; what that was."""
+def reconcile(plan: Plan) -> None:
+    """End what carries the label of a run that SkyPilot does not run."""
     if plan.request.cloud != "aws":
-        return []
+        return
     regions = sorted({candidate.offer.region for candidate in plan.candidates})
-    found = aws.leftovers(regions, run_labels(plan.request.run_url))
-    for each in found:
+    for each in aws.survey(regions, run_labels(plan.request.run_url)).found:
         log.warning("an earlier start left %s behind: it is ended", each)
         if each.kind != "volume":
             aws.remove(each)
-    return found
 
 
 def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
@@ -129,73 +107,18 @@ def prepare_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
     """The task that makes the plan's shards, on a machine without GPUs."""
     secrets = _secrets(plan, environment)
     changes = Overrides(
-        name=_data_machine(plan),
+        name=data_machine(plan.request.run_url),
+        max_hourly_usd=PREPARE_LIMIT_USD,
         labels=run_labels(plan.request.run_url),
         envs={
             "DATA": plan.request.data or "",
             "OUT": plan.workload.data_url,
             "VOCAB_SIZE": str(plan.workload.config.vocab_size),
+            "HOURS": f"{plan.prepare_hours:g}",
         },
         secrets={name: value for name, value in secrets.items() if name != "WANDB_API_KEY"},
     )
     return override(load_task("prepare"), changes)
-
-
-def follow(plan: Plan) -> Ending:
-    """Say what happens until the run is over or its job is; Ctrl-C leaves it running.
-
-    The run's own directory is read often; SkyPilot, which answers slowly, is asked once a minute.
-    """
-    url, began, said, asked = plan.request.run_url, time.monotonic(), "", -math.inf
-    current, job = cluster.Standing(), ""
-    while True:
-        progress = _progress(url)
-        if progress.finished is not None:
-            return Ending(True, progress.finished)
-        if time.monotonic() - asked > ASK_SECONDS:
-            current, job = _ask(plan.name, current, job)
-            asked = time.monotonic()
-        if (words := _words(current, job, progress)) != said:
-            log.info("%s", words)
-            said = words
-        is_unknown = current.kind == "none" and time.monotonic() - began > START_PATIENCE_SECONDS
-        if not progress.attempts and time.monotonic() - began > 3600 * CAPACITY_HOURS:
-            end(plan)
-            raise CloudError(
-                f"no machine began within {CAPACITY_HOURS:g} hours, so {plan.name} was ended: run"
-                " the same command again, or add REGION=, GPU= or SPOT=0"
-            )
-        if job.startswith(OVER) or is_unknown:
-            return _ended(_progress(url), job, current)
-        time.sleep(FOLLOW_SECONDS)
-
-
-def _ask(name: str, current: cluster.Standing, job: str) -> tuple[cluster.Standing, str]:
-    """What stands under the name and its job's state; as before where SkyPilot does not say."""
-    try:
-        current = cluster.standing(name)
-        is_cluster = current.kind == "cluster"
-        return current, cluster.cluster_job_status(name) if is_cluster else current.status
-    except CloudError as error:
-        log.warning("%s", error)
-        return cluster.Standing("unknown") if current.kind == "none" else current, job
-
-
-def bring_home(run_url: str, folder: Path) -> list[Path]:
-    """Copy the report, the finished model and what belongs to them to this computer."""
-    run = open_store(run_url)
-    brought = []
-    for entry in run.list():
-        if entry.name in BROUGHT_HOME or entry.name.startswith(BROUGHT_HOME_BELOW):
-            path = folder / entry.name
-            run.get(entry.name, path)
-            brought.append(path)
-    return brought
-
-
-def end(plan: Plan) -> TearDown:
-    """Prove that nothing of the run is left that bills."""
-    return tear_down(plan.request.run_url, cloud=plan.request.cloud)
 
 
 def three_commands(run_url: str, *, is_launched: bool = True) -> str:
@@ -209,70 +132,108 @@ def three_commands(run_url: str, *, is_launched: bool = True) -> str:
     )
 
 
+def _submit(task: Tree, name: str, announcement: Announcement) -> None:
+    """Have the task as a managed job, or nothing of it; SkyPilot waits for capacity itself."""
+    announcement.insist()
+    try:
+        cluster.submit_job(task, name)
+    except CloudError:
+        with contextlib.suppress(CloudError):
+            cluster.cancel_launches(name)
+            cluster.end_job(name)
+        announcement.insist()
+        raise
+    if announcement.is_called_off:
+        cluster.end_job(name)
+        announcement.insist()
+
+
+def _launch(task: Tree, name: str, announcement: Announcement) -> None:
+    """Have the task on a cluster that ends itself; asks again while there is no capacity."""
+    began, said = datetime.now().astimezone(), ""
+    until = began + timedelta(hours=CAPACITY_HOURS)
+    while True:
+        announcement.insist()
+        try:
+            cluster.launch_cluster(task, name)
+            break
+        except NoCapacityError as error:
+            if datetime.now().astimezone() + timedelta(seconds=CAPACITY_POLL_SECONDS) > until:
+                raise CloudError(
+                    f"{error}, and was not within {CAPACITY_HOURS:g} hours: nothing is rented; run"
+                    " the same command again later, or add REGION=, GPU= or SPOT="
+                ) from None
+            if str(error) != said:
+                log.warning("%s: asking again every minute until %s", error, f"{until:%H:%M}")
+                said = str(error)
+            _wait_for_capacity()
+        except CloudError:
+            announcement.insist()
+            raise
+    if announcement.is_called_off:
+        cluster.end_cluster(name)
+        announcement.insist()
+    if not cluster.ends_itself(name):
+        cluster.make_end_itself(name, idle_minutes=2)
+
+
+def _wait_for_capacity() -> None:
+    try:
+        time.sleep(CAPACITY_POLL_SECONDS)
+    except KeyboardInterrupt:
+        raise CloudError(
+            "nothing is rented, and nothing is asked for any more: run the same command again"
+        ) from None
+
+
 def _has_work(name: str) -> bool:
     """Whether the cluster has a job that has not ended."""
     job = cluster.cluster_job_status(name)
-    return bool(job) and not job.startswith(OVER)
+    return bool(job) and not job.startswith(cluster.OVER)
 
 
-def _prepare(plan: Plan, environment: Mapping[str, str]) -> None:
+def _prepare(plan: Plan, environment: Mapping[str, str], announcement: Announcement) -> None:
     """Make the shards first, unless they are in the bucket already."""
-    if open_store(plan.workload.data_url).exists("manifest.json"):
+    shards, name = open_store(plan.workload.data_url), data_machine(plan.request.run_url)
+    if shards.exists("manifest.json"):
         return
-    name = _data_machine(plan)
     log.info("preparing %s into %s", plan.request.data, plan.workload.data_url)
-    cluster.launch_cluster(prepare_task(plan, environment), name, wait_hours=CAPACITY_HOURS)
-    while not open_store(plan.workload.data_url).exists("manifest.json"):
-        status = cluster.cluster_job_status(name)
-        if status.startswith(OVER[:2]):
-            cluster.tail(name)
-            cluster.end_cluster(name)
-            raise CloudError(
-                f"preparing {plan.request.data} failed, and its machine is gone: the last lines"
-                " above say why"
-            )
-        time.sleep(FOLLOW_SECONDS)
+    if not _has_work(name):
+        _launch(prepare_task(plan, environment), name, announcement)
+    deadline, looks = time.monotonic() + 3600 * plan.prepare_hours, 0
+    while not shards.exists("manifest.json"):
+        announcement.insist()
+        looks = looks + 1 if _has_ended(name) else 0
+        if looks >= 2 or time.monotonic() > deadline:
+            _give_up_preparing(plan, name)
+        time.sleep(PREPARE_POLL_SECONDS)
     cluster.end_cluster(name)
 
 
-def _data_machine(plan: Plan) -> str:
-    """The name of the machine that prepares the plan's data."""
-    return f"{plan.name}-data"
+def _has_ended(name: str) -> bool:
+    """Whether the machine has no job that could go on, or is gone; no, where SkyPilot is silent."""
+    try:
+        return not cluster.has_cluster(name) or not _has_work(name)
+    except CloudError as error:
+        log.warning("%s", error)
+        return False
+
+
+def _give_up_preparing(plan: Plan, name: str) -> NoReturn:
+    if cluster.has_cluster(name):
+        with contextlib.suppress(CloudError):
+            cluster.tail(name, follow=False)
+        cluster.end_cluster(name)
+    raise CloudError(
+        f"preparing {plan.request.data} made no shards (at most {plan.prepare_hours:g} h were"
+        " allowed), and its machine is gone: the last lines above say why; the same command goes on"
+        " where it stopped"
+    )
 
 
 def _secrets(plan: Plan, environment: Mapping[str, str]) -> dict[str, str]:
     names = SECRETS if plan.request.cloud == "aws" else SECRETS + ROLE_SECRETS
     return {name: environment[name] for name in names if environment.get(name)}
-
-
-def _progress(run_url: str) -> RunProgress:
-    """The run's progress; an unreachable bucket is no reason to stop watching."""
-    try:
-        return read_progress(open_store(run_url))
-    except StoreError as error:
-        log.warning("%s cannot be read just now: %s", run_url, error)
-        return RunProgress(run_url)
-
-
-def _words(current: cluster.Standing, job: str, progress: RunProgress) -> str:
-    where = f" on {current.where}" if current.where else ""
-    recovered = f", recovered {current.recoveries} times" if current.recoveries else ""
-    if not progress.step:
-        state = current.status or "waiting"
-        return f"{state}{where}{recovered} {job if job != state else ''}".rstrip()
-    steps = f" of {progress.steps:,}" if progress.steps else ""
-    loss = f", loss {progress.loss:.3f}" if progress.loss is not None else ""
-    usd = f", {format_usd(progress.usd)}"
-    return f"{current.status or 'gone'}{where}{recovered}: step {progress.step:,}{steps}{loss}{usd}"
-
-
-def _ended(progress: RunProgress, job: str, current: cluster.Standing) -> Ending:
-    if progress.finished is not None:
-        return Ending(True, progress.finished)
-    steps = f"its last step was {progress.step:,}" if progress.step else "it made no step"
-    said = progress.last or current.details or (steps if progress.attempts else "it never began")
-    reason = f"the job ended ({job or 'its machines are gone'}): {said}"
-    return Ending(False, reason, was_told=job.startswith("FAILED"))
 
 
 def environment_of_this_process() -> dict[str, str]:

@@ -1,7 +1,13 @@
-import pytest
+from dataclasses import replace
+from types import SimpleNamespace
 
-from launch import aws
+import pytest
+from botocore.exceptions import ClientError
+
+from casallm.errors import CloudError
+from launch import aws, cluster, down, launching
 from launch.down import TearDown
+from launch.request import cluster_name, run_labels
 
 LABELS = {"project": "casallm", "casallm-run": "casallm-x-123456"}
 REGIONS = ("us-east-1", "us-west-2")
@@ -23,19 +29,19 @@ def test_what_carries_the_labels_is_found_in_every_region_and_nothing_else(accou
     ours = [rent(account, region, LABELS) for region in REGIONS]
     rent(account, "us-east-1", {**LABELS, "casallm-run": "another"})
 
-    found = aws.leftovers(REGIONS, LABELS)
+    seen = aws.survey(REGIONS, LABELS)
 
-    assert sorted(each.id for each in found if each.kind == "instance") == sorted(ours)
+    assert sorted(each.id for each in seen.found if each.kind == "instance") == sorted(ours)
 
 
 def test_an_instance_that_is_removed_is_gone_with_its_volume(account):
     rent(account, "us-east-1", LABELS)
 
-    for each in aws.leftovers(REGIONS, LABELS):
+    for each in aws.survey(REGIONS, LABELS).found:
         if each.kind == "instance":
             aws.remove(each)
 
-    assert aws.leftovers(REGIONS, LABELS) == []
+    assert aws.survey(REGIONS, LABELS) == aws.Survey(())
 
 
 def test_removing_what_is_gone_already_is_fine(account):
@@ -58,17 +64,219 @@ def test_unfinished_uploads_of_the_run_are_found_and_ended(account):
     assert [upload["Key"] for upload in left] == ["other/model"]
 
 
+def denied(operation: str, code: str = "UnauthorizedOperation") -> Exception:
+    return ClientError({"Error": {"Code": code, "Message": "no"}}, operation)
+
+
+def closing(monkeypatch, regions, code="UnauthorizedOperation"):
+    """Let a policy close the regions given to this user."""
+    look = aws._left_in
+
+    def left_in(region, ec2, labels):
+        if region in regions:
+            raise denied("DescribeInstances", code)
+        return look(region, ec2, labels)
+
+    monkeypatch.setattr(aws, "_left_in", left_in)
+
+
+def test_a_region_that_a_policy_closes_hides_no_other(account, monkeypatch):
+    ours = rent(account, "us-west-2", LABELS)
+    closing(monkeypatch, ["us-east-1"])
+
+    seen = aws.survey(REGIONS, LABELS)
+
+    assert ours in {each.id for each in seen.found}
+    assert seen.closed == ("us-east-1",)
+
+
+def test_where_every_region_is_closed_nothing_is_proven(account, monkeypatch):
+    closing(monkeypatch, REGIONS)
+
+    with pytest.raises(CloudError, match="AWS does not let you DescribeInstances: attach the pol"):
+        aws.survey(REGIONS, LABELS)
+
+
+def test_a_busy_aws_is_not_taken_for_a_closed_region(account, monkeypatch):
+    closing(monkeypatch, ["us-east-1"], code="RequestLimitExceeded")
+
+    with pytest.raises(CloudError, match="AWS refused DescribeInstances"):
+        aws.survey(REGIONS, LABELS)
+
+
+def test_what_aws_refuses_to_end_is_said(account, monkeypatch):
+    def refuse(leftover):
+        raise denied("TerminateInstances")
+
+    monkeypatch.setattr(aws, "_remove", refuse)
+
+    with pytest.raises(CloudError, match="AWS does not let you TerminateInstances"):
+        aws.remove(aws.Leftover("instance", "i-0123456789abcdef0", "us-east-1", "running"))
+
+
+@pytest.fixture
+def skypilot(account, monkeypatch, tmp_path):
+    """SkyPilot as far as `down` asks it, over moto's AWS: what it has, and what was ended."""
+    has = SimpleNamespace(launches={}, jobs={}, clusters=[], controller=None, others_live=False)
+    ended = []
+
+    def standing(name):
+        return has.jobs.get(name, cluster.Standing())
+
+    def end(name):
+        ended.append(name)
+        has.jobs.pop(name, None)
+        has.clusters = [each for each in has.clusters if each != name]
+
+    monkeypatch.setattr(aws, "enabled_regions", lambda: list(REGIONS))
+    monkeypatch.setattr(down, "SETTLE_SECONDS", 0)
+    monkeypatch.setattr(down, "POLL_SECONDS", 0)
+    for name, answer in {
+        "launches": lambda: has.launches,
+        "cancel_launches": lambda name: bool(has.launches.pop(name, None)),
+        "standing": standing,
+        "has_cluster": lambda name: name in has.clusters,
+        "live_names": lambda: sorted({*has.jobs, *has.clusters}),
+        "has_live_jobs": lambda: bool(has.jobs) or has.others_live,
+        "controller": lambda: has.controller,
+        "end_job": end,
+        "end_cluster": end,
+        "end_controller": lambda: ended.append("controller"),
+    }.items():
+        monkeypatch.setattr(cluster, name, answer)
+    return has, ended
+
+
+RUN = "s3://ours/x"
+NAME = cluster_name(RUN)
+RUNNING = cluster.Standing(kind="job", status="RUNNING", job_id=4)
+
+
+def test_down_ends_job_data_machine_launch_and_controller(skypilot):
+    has, ended = skypilot
+    has.jobs, has.clusters, has.controller = {NAME: RUNNING}, [f"{NAME}-data"], "UP"
+    has.launches = {NAME: ["request"]}
+
+    result = down.tear_down(RUN)
+
+    assert ended == [NAME, f"{NAME}-data", "controller"]
+    assert result.is_clean
+    assert result.text(None).splitlines() == [
+        f"ended launch of {NAME}",
+        f"ended managed job 4 ({NAME})",
+        f"ended cluster {NAME}-data",
+        "ended SkyPilot's controller",
+        "nothing left",
+    ]
+
+
+def test_a_controller_that_watches_somebody_elses_job_stays(skypilot):
+    has, ended = skypilot
+    has.jobs, has.controller, has.others_live = {NAME: RUNNING}, "UP", True
+
+    down.tear_down(RUN)
+
+    assert ended == [NAME]
+
+
+def test_an_idle_controller_is_ended_though_nothing_else_runs(skypilot):
+    has, ended = skypilot
+    has.controller = "UP"
+
+    assert down.tear_down(None).text(None) == "ended SkyPilot's controller\nnothing left"
+    assert ended == ["controller"]
+
+
+def test_what_skypilot_cannot_end_is_still_ended_in_aws(skypilot, account, monkeypatch):
+    has, _ = skypilot
+    has.jobs = {NAME: RUNNING}
+    ours = rent(account, "us-west-2", run_labels(RUN))
+
+    def refuse(name):
+        raise CloudError("SkyPilot has not cancelled it within 10 minutes")
+
+    monkeypatch.setattr(cluster, "end_job", refuse)
+
+    result = down.tear_down(RUN)
+
+    assert any(ours in each for each in result.ended)
+    assert not result.is_clean  # the job may be recovered: nobody may believe it is gone
+    assert result.text(None).splitlines()[-2:] == [
+        "not certain: SkyPilot has not cancelled it within 10 minutes",
+        "run `make down` again; the console of the cloud shows the rest",
+    ]
+
+
+def test_one_thing_that_refuses_to_end_keeps_no_other(skypilot, account, monkeypatch):
+    instances = [rent(account, region, run_labels(RUN)) for region in REGIONS]
+    monkeypatch.setattr(down, "GONE_SECONDS", 0.5)
+    remove = aws._remove
+
+    def refuse_one(leftover):
+        if leftover.id == instances[0]:
+            raise denied("TerminateInstances")
+        remove(leftover)
+
+    monkeypatch.setattr(aws, "_remove", refuse_one)
+
+    result = down.tear_down(RUN)
+
+    assert [each for each in result.left if "instance" in each] == [
+        f"instance {instances[0]} in us-east-1 (running)"
+    ]
+    assert result.problems == (
+        "AWS does not let you TerminateInstances: attach the policy of"
+        " docs/guides/pretrain-on-aws.md to your user",
+    )
+
+
+def test_a_bucket_that_cannot_be_looked_into_keeps_no_machine_alive(skypilot, account, monkeypatch):
+    rent(account, "us-east-1", run_labels(RUN))
+
+    def refuse(bucket):
+        raise CloudError("bucket s3://ours belongs to somebody else")
+
+    monkeypatch.setattr(aws, "bucket_region", refuse)
+
+    result = down.tear_down(RUN)
+
+    assert (result.left, result.problems) == ((), ("bucket s3://ours belongs to somebody else",))
+
+
+def test_down_calls_off_a_launcher_that_waits(skypilot):
+    with launching.announced(NAME) as waiting, launching.announced("casallm-other") as other:
+        down.tear_down(RUN)
+
+        assert (waiting.is_called_off, other.is_called_off) == (True, False)
+        down.tear_down(None)
+        assert other.is_called_off
+
+
 @pytest.mark.parametrize(
-    ("left", "is_proven", "last"),
+    ("result", "last"),
     [
-        ((), True, "nothing left"),
-        ((), False, "nothing left that SkyPilot knows of; look into the cloud's console once"),
-        (("instance i-1",), True, "run `make down` again; the console of the cloud shows the rest"),
+        (TearDown(), "nothing left"),
+        (
+            TearDown(is_proven=False),
+            "nothing left that SkyPilot knows of; look into the cloud's console once",
+        ),
+        (
+            TearDown(left=("instance i-1",)),
+            "run `make down` again; the console of the cloud shows the rest",
+        ),
     ],
 )
-def test_the_end_says_what_it_proved(left, is_proven, last):
-    text = TearDown(("cluster c",), left, is_proven).text(12.5)
+def test_the_end_says_what_it_proved(result, last):
+    lines = replace(result, ended=("cluster c",)).text(12.5).splitlines()
 
-    lines = text.splitlines()
     assert lines[:2] == ["ended cluster c", "the machines of this run cost $12.50"]
     assert lines[-1] == last
+
+
+def test_regions_that_were_not_looked_at_are_named():
+    lines = TearDown(closed=("eu-south-1", "me-south-1")).text(None).splitlines()
+
+    assert lines == [
+        "not looked at, for AWS closes them to you: eu-south-1, me-south-1",
+        "nothing left",
+    ]

@@ -21,6 +21,42 @@ def test_the_price_is_that_of_the_plan_for_the_machine_really_got_times_the_node
     assert node.usd_per_hour(env) == pytest.approx(2 * 6.289)
 
 
+def test_a_spot_machine_costs_what_aws_asks_for_it_now(metadata, monkeypatch):
+    asked = []
+    monkeypatch.setattr(node, "market_price", lambda *where: asked.append(where) or 9.5)
+    metadata.body = b"spot"  # the stub's one answer: the instance's type as well as its life cycle
+
+    price = node.usd_per_hour({"SKYPILOT_CLUSTER_INFO": CLUSTER, "SKYPILOT_NUM_NODES": "2"})
+
+    assert (price, asked) == (19.0, [("us-east-1", "us-east-1a", "spot")])
+
+
+PRICES = """<DescribeSpotPriceHistoryResponse xmlns="http://ec2.amazonaws.com/doc/2016-11-15/">
+<spotPriceHistorySet>{}</spotPriceHistorySet></DescribeSpotPriceHistoryResponse>"""
+PRICE = "<item><spotPrice>{}</spotPrice><availabilityZone>us-east-1a</availabilityZone></item>"
+
+
+@pytest.mark.parametrize(
+    ("items", "price"),
+    [(PRICE.format("7.1234") + PRICE.format("6.5"), 7.1234), ("", None), (PRICE.format("x"), None)],
+)
+def test_the_market_price_is_the_first_that_ec2_names(account, stub, bare_laptop, items, price):
+    bare_laptop.setenv("AWS_ENDPOINT_URL", stub.url)
+    stub.body = PRICES.format(items).encode()
+
+    assert node.market_price("us-east-1", "us-east-1a", "p4d.24xlarge") == price
+
+    assert b"Action=DescribeSpotPriceHistory" in stub.received[0]
+    assert b"us-east-1a" in stub.received[0]
+
+
+def test_where_aws_does_not_say_the_market_price_the_plans_counts(account, stub, bare_laptop):
+    bare_laptop.setenv("AWS_ENDPOINT_URL", stub.url)
+    stub.status = 403
+
+    assert node.market_price("us-east-1", "us-east-1a", "p4d.24xlarge") is None
+
+
 def test_launched_by_hand_the_price_is_that_of_the_list(metadata, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
 
@@ -53,6 +89,13 @@ def test_a_webhook_that_refuses_stops_nothing_and_is_not_named(stub, caplog):
 
     assert "the webhook did not take the message" in caplog.text
     assert "secret-path" not in caplog.text
+
+
+@pytest.mark.parametrize("url", ["http://x y/canary", "http://[canary", "nothing/canary"])
+def test_an_address_that_is_none_stops_nothing_and_is_not_named(url, caplog):
+    assert not node.notify(url, "text")
+
+    assert "canary" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from casallm.errors import ConfigError
-from launch.plan import OVERSHOOT_FRACTION
+from launch.plan import OVERSHOOT_FRACTION, PREPARE_LIMIT_USD
 from launch.request import LaunchRequest, cluster_name, run_labels
 from launch.screen import format_plan
 
@@ -102,7 +102,7 @@ def test_every_plan_has_a_budget_and_a_deadline_beyond_the_ninetieth_percentile(
 def test_the_worst_case_is_the_budget_and_what_the_budget_does_not_count(plan_of):
     plan = plan_of(tokens="10B", budget="100", deadline="1000h")
 
-    minute = plan.max_hourly_usd / 60
+    minute = plan.most_hourly_usd / 60
     most = 100 * (1 + OVERSHOOT_FRACTION) + minute + plan.usd_outside_budget
     assert plan.worst_usd == pytest.approx(most, abs=0.01)
 
@@ -110,7 +110,21 @@ def test_the_worst_case_is_the_budget_and_what_the_budget_does_not_count(plan_of
 def test_a_deadline_that_comes_first_bounds_the_worst_case(plan_of):
     plan = plan_of(tokens="10B", budget="100000", deadline="2h")
 
-    assert plan.worst_usd < 2.1 * plan.max_hourly_usd + plan.usd_outside_budget
+    assert plan.worst_usd < 2.1 * plan.most_hourly_usd + plan.usd_outside_budget
+
+
+def test_a_spot_machine_may_be_billed_up_to_the_price_on_demand(plan_of):
+    spot, on_demand = (plan_of(gpu="A100:8", is_spot=each) for each in (True, False))
+
+    assert spot.max_hourly_usd < spot.most_hourly_usd == pytest.approx(21.957642)
+    assert on_demand.most_hourly_usd == on_demand.max_hourly_usd
+
+
+def test_preparing_data_has_a_limit_which_the_worst_case_holds(plan_of):
+    small, large = (plan_of(data="fineweb-edu", tokens=tokens) for tokens in ("1B", "100B"))
+
+    assert (small.prepare_hours, large.prepare_hours) == (2, 112)
+    assert large.usd_outside_budget > large.prepare_hours * PREPARE_LIMIT_USD
 
 
 def test_the_price_limit_lets_every_candidate_pass(plan_of):

@@ -3,7 +3,7 @@ import subprocess
 import pytest
 
 from casallm.errors import CloudError, ConfigError
-from launch import aws, cluster
+from launch import aws
 from launch.preflight import (
     Surroundings,
     check_bucket,
@@ -221,16 +221,3 @@ def test_all_problems_are_told_at_once_and_each_once(bare_laptop, plan_of, monke
 def test_an_unknown_gpu_is_told_with_the_nearest(plan_of):
     with pytest.raises(ConfigError, match="there is no GPU 'A1000', did you mean A100"):
         plan_of(gpu="A1000:8")
-
-
-def test_no_capacity_is_one_sentence_with_what_to_change():
-    exceptions = pytest.importorskip("sky.exceptions")
-
-    def refuse():
-        with cluster._explained():
-            raise exceptions.ResourcesUnavailableError("many lines\nof advice")
-
-    assert sentence_of(refuse) == (
-        "no machine of the plan is to be had now, in none of its regions, within its price: wait"
-        " and run the same command again, or add REGION=, GPU= or SPOT=0"
-    )

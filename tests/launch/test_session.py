@@ -5,7 +5,9 @@ import pytest
 from casallm.errors import CloudError
 from casallm.storage.store import open_store
 from casallm.train.attempts import claim
-from launch import aws, cluster
+from launch import aws, cluster, node, session
+from launch.down import TearDown
+from launch.follow import Ending
 from launch.preflight import Findings
 from launch.request import LaunchRequest, cluster_name
 from launch.session import Choices, confirm, is_over, run_up, status_text, with_account
@@ -22,12 +24,12 @@ def test_problems_stop_before_the_question_and_show_the_plan_first(bare_laptop):
 
 
 def test_a_key_in_the_environment_is_neither_shown_nor_logged(bare_laptop, capfd, caplog):
-    for name in ("WANDB_API_KEY", "HF_TOKEN"):
-        bare_laptop.setenv(name, "canary-1234567890")
+    for name in ("WANDB_API_KEY", "HF_TOKEN", "NOTIFY"):
+        bare_laptop.setenv(name, "https://x/canary-1234567890")
     said = []
 
     with pytest.raises(CloudError) as refused:
-        run_up(LaunchRequest(), Choices(notify="https://x/canary-1234567890"), say=said.append)
+        run_up(LaunchRequest(), Choices(), say=said.append)
 
     output = capfd.readouterr()
     everything = [*said, str(refused.value), output.out, output.err, caplog.text, repr(Findings())]
@@ -50,13 +52,88 @@ def test_the_status_shows_what_skypilot_has_lost_track_of(monkeypatch):
     for name, answer in (("live_names", []), ("controller", None)):
         monkeypatch.setattr(cluster, name, lambda answer=answer: answer)
     monkeypatch.setattr(aws, "enabled_regions", lambda: ["us-east-1"])
-    monkeypatch.setattr(aws, "leftovers", lambda regions, labels: [lost])
+    seen = aws.Survey((lost,), closed=("eu-south-1",))
+    monkeypatch.setattr(aws, "survey", lambda regions, labels: seen)
 
     assert status_text(None).splitlines() == [
         "SkyPilot runs nothing of casallm",
         "controller   none: nothing is billed for it",
         "in AWS       instance i-1 in us-east-1 (running)",
+        "             eu-south-1 is closed to you",
     ]
+
+
+@pytest.fixture
+def accompanied(plan_of, monkeypatch, tmp_path):
+    """`up` from the moment of launch on: how the run ends, what comes home, what was ended."""
+    done = []
+    plan = plan_of(run="s3://ours/x")
+    monkeypatch.setattr(session, "RUNS", tmp_path)
+    monkeypatch.setattr(session, "_paid", lambda url: 12.5)
+    monkeypatch.setattr(session, "bring_home", lambda url, runs: (runs / "x", 3))
+    monkeypatch.setattr(node, "notify", lambda url, text: done.append(f"told {url}"))
+    monkeypatch.setattr(session, "tear_down", lambda url, cloud: done.append("down") or TearDown())
+
+    def accompany(ending):
+        monkeypatch.setattr(session, "follow", lambda plan: _raised_or(ending))
+        code = session._accompany(plan, {"NOTIFY": "https://hook"}, done.append)
+        return code, done
+
+    return accompany
+
+
+def _raised_or(answer):
+    if isinstance(answer, BaseException):
+        raise answer
+    return answer
+
+
+def test_a_finished_run_comes_home_before_its_machines_end(accompanied, tmp_path):
+    code, done = accompanied(Ending(True, "all steps are done"))
+
+    assert code == 0
+    assert done == [
+        "s3://ours/x: all steps are done",
+        f"3 files of it are in {tmp_path / 'x'}",
+        "down",
+        "the machines of this run cost $12.50\nnothing left",
+    ]
+
+
+def test_an_error_on_the_way_home_keeps_no_machine_alive(accompanied, monkeypatch):
+    full = OSError(28, "No space left on device")
+    monkeypatch.setattr(session, "bring_home", lambda url, runs: _raised_or(full))
+
+    code, done = accompanied(Ending(True, "all steps are done"))
+
+    assert code == 1
+    assert done[1:3] == [
+        "not everything could be brought home ([Errno 28] No space left on device): it is all in"
+        " s3://ours/x",
+        "down",
+    ]
+
+
+def test_a_job_that_waited_in_vain_is_ended_and_told(accompanied):
+    code, done = accompanied(CloudError("no machine began within 2 hours"))
+
+    assert code == 1
+    assert done[:3] == [
+        "s3://ours/x: no machine began within 2 hours",
+        "told https://hook",
+        "down",
+    ]
+
+
+def test_an_end_that_is_interrupted_says_how_to_make_sure(accompanied, monkeypatch):
+    monkeypatch.setattr(session, "tear_down", lambda url, cloud: _raised_or(KeyboardInterrupt()))
+
+    with pytest.raises(CloudError) as interrupted:
+        accompanied(Ending(True, "all steps are done"))
+
+    assert str(interrupted.value) == (
+        "interrupted before it was known that nothing is left: run `make down RUN=s3://ours/x`"
+    )
 
 
 def test_nobody_is_asked_where_nobody_can_answer():

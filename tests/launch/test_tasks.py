@@ -159,7 +159,7 @@ def test_a_task_is_short_and_ends_in_one_command_of_casallm(job):
     lines = load_task(job)["run"].replace("\\\n", " ").splitlines()
 
     assert len(load_task(job)["run"].splitlines()) <= 10
-    assert lines[-1].startswith("python -m casallm ")
+    assert lines[-1].removeprefix('timeout "${HOURS}h" ').startswith("python -m casallm ")
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -1,10 +1,10 @@
 import pytest
 
 from casallm.errors import CloudError
-from casallm.storage.store import open_store
-from launch import cluster, up
-from launch.progress import RunProgress
-from launch.up import bring_home, follow, launch_plan, prepare_task, three_commands, train_task
+from launch import cluster, launching, up
+from launch.request import cluster_name
+from launch.sky_errors import NoCapacityError
+from launch.up import launch_plan, prepare_task, three_commands, train_task
 
 KEYS = {
     "WANDB_API_KEY": "w",
@@ -60,17 +60,29 @@ def test_documents_are_prepared_with_the_vocabulary_of_the_model(plan_of):
     assert task["envs"]["DATA"] == "fineweb-edu"
     assert task["envs"]["OUT"] == "s3://ours/data/fineweb-edu-6efebf"
     assert task["envs"]["VOCAB_SIZE"] == "4096"
+    assert task["envs"]["HOURS"] == f"{plan.prepare_hours:g}"
     assert "WANDB_API_KEY" not in task["secrets"]
 
 
 @pytest.fixture
-def skypilot(monkeypatch):
+def skypilot(monkeypatch, tmp_path):
     """SkyPilot as far as `launch_plan` asks it: what stands under which name, what was begun."""
     stands, begun = {}, []
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(cluster, "settle", lambda name: None)
     monkeypatch.setattr(cluster, "standing", lambda name: stands.get(name, cluster.Standing()))
     monkeypatch.setattr(cluster, "submit_job", lambda task, name: begun.append(name))
+    monkeypatch.setattr(cluster, "launch_cluster", lambda task, name: begun.append(name))
+    monkeypatch.setattr(cluster, "has_cluster", lambda name: name in stands)
+    monkeypatch.setattr(cluster, "end_cluster", lambda name: begun.append(f"end {name}"))
+    monkeypatch.setattr(cluster, "end_job", lambda name: begun.append(f"end {name}"))
+    monkeypatch.setattr(cluster, "cancel_launches", lambda name: False)
+    monkeypatch.setattr(cluster, "ends_itself", lambda name: True)
+    monkeypatch.setattr(cluster, "cluster_job_status", lambda name: "")
+    monkeypatch.setattr(cluster, "tail", lambda name, follow: 0)
     monkeypatch.setattr(up, "reconcile", lambda plan: begun.append("reconcile"))
+    monkeypatch.setattr(up, "CAPACITY_POLL_SECONDS", 0)
+    monkeypatch.setattr(up, "PREPARE_POLL_SECONDS", 0)
     return stands, begun
 
 
@@ -105,57 +117,156 @@ def test_a_cluster_whose_job_has_ended_gets_another(skypilot, plan_of, monkeypat
     plan, (stands, begun) = plan_of(is_spot=False), skypilot
     stands[plan.name] = cluster.Standing(kind="cluster", status="UP")
     monkeypatch.setattr(cluster, "cluster_job_status", lambda name: job)
-    monkeypatch.setattr(cluster, "ends_itself", lambda name: True)
-    monkeypatch.setattr(
-        cluster, "launch_cluster", lambda task, name, wait_hours: begun.append(name)
-    )
 
     launch_plan(plan, {})
 
     assert begun == ([plan.name] if begins else [])
 
 
-def test_a_server_that_does_not_answer_is_no_reason_to_stop_following(plan_of, monkeypatch):
-    answers = iter([CloudError("slow"), cluster.Standing(kind="job", status="FAILED")])
+def sold_out(times: int, begun: list[str]):
+    """A `launch_cluster` that gets a machine only after so many refusals."""
+    refusals = iter(
+        [NoCapacityError("no machine of the plan is to be had now (AWS: none)")] * times
+    )
 
-    def standing(name):
-        answer = next(answers)
-        if isinstance(answer, CloudError):
-            raise answer
-        return answer
+    def launch_cluster(task, name):
+        begun.append(f"ask {name}")
+        for refusal in refusals:
+            raise refusal
 
-    monkeypatch.setattr(cluster, "standing", standing)
-    monkeypatch.setattr(up, "read_progress", lambda run: RunProgress(run.url))
-    monkeypatch.setattr(up, "FOLLOW_SECONDS", 0)
-    monkeypatch.setattr(up, "ASK_SECONDS", 0)
+    return launch_cluster
 
-    ending = follow(plan_of(run="s3://ours/x"))
 
-    assert ending.reason == "the job ended (FAILED): it never began"
+def test_machines_that_are_sold_out_are_asked_for_again_and_that_is_said_once(
+    skypilot, plan_of, monkeypatch, caplog
+):
+    plan, (_, begun) = plan_of(is_spot=False), skypilot
+    monkeypatch.setattr(cluster, "launch_cluster", sold_out(3, begun))
+
+    launch_plan(plan, {})
+
+    assert begun == ["reconcile", *[f"ask {plan.name}"] * 4]
+    assert caplog.text.count("no machine of the plan is to be had now (AWS: none): asking") == 1
+
+
+def test_the_wait_for_machines_has_an_end_and_says_what_to_do(skypilot, plan_of, monkeypatch):
+    plan, (_, begun) = plan_of(is_spot=False), skypilot
+    monkeypatch.setattr(cluster, "launch_cluster", sold_out(10**9, begun))
+    monkeypatch.setattr(up, "CAPACITY_HOURS", 0)
+    monkeypatch.setattr(up, "CAPACITY_POLL_SECONDS", 1)
+
+    with pytest.raises(CloudError) as ended:
+        launch_plan(plan, {})
+
+    assert str(ended.value) == (
+        "no machine of the plan is to be had now (AWS: none), and was not within 0 hours: nothing"
+        " is rented; run the same command again later, or add REGION=, GPU= or SPOT="
+    )
+    assert begun == ["reconcile", f"ask {plan.name}"]
+
+
+def test_a_launch_that_was_called_off_asks_for_nothing_more(skypilot, plan_of, monkeypatch):
+    plan, (_, begun) = plan_of(is_spot=False), skypilot
+    refused = sold_out(10**9, begun)
+
+    def launch_cluster(task, name):
+        launching.withdraw(name)
+        refused(task, name)
+
+    monkeypatch.setattr(cluster, "launch_cluster", launch_cluster)
+
+    with pytest.raises(CloudError, match="was called off by `make down`: nothing is rented"):
+        launch_plan(plan, {})
+
+    assert begun == ["reconcile", f"ask {plan.name}"]
+
+
+@pytest.mark.parametrize(("is_spot", "begin"), [(False, "launch_cluster"), (True, "submit_job")])
+def test_what_was_rented_while_down_was_at_work_is_ended(
+    skypilot, plan_of, monkeypatch, is_spot, begin
+):
+    plan, (_, begun) = plan_of(is_spot=is_spot), skypilot
+    monkeypatch.setattr(cluster, begin, lambda task, name: launching.withdraw(name))
+
+    with pytest.raises(CloudError, match="called off"):
+        launch_plan(plan, {})
+
+    assert begun == ["reconcile", f"end {plan.name}"]
+
+
+def test_a_second_start_takes_over_and_ends_nothing_of_the_first(skypilot, plan_of, monkeypatch):
+    plan, (_, begun) = plan_of(is_spot=False), skypilot
+
+    def another(task, name):
+        with launching.announced(name):
+            begun.append("another")
+
+    monkeypatch.setattr(cluster, "launch_cluster", another)
+
+    launch_plan(plan, {})
+
+    assert begun == ["reconcile", "another"]
+
+
+def documents(plan_of, tmp_path):
+    """A plan whose documents must be prepared, into a bucket of this machine."""
+    plan = plan_of(data="org/words", bucket="s3://ours", is_spot=False)
+    object.__setattr__(plan.workload, "data_url", str(tmp_path / "shards"))
+    return plan
+
+
+@pytest.mark.parametrize("job", ["FAILED", "SUCCEEDED"])
+def test_documents_that_give_no_shards_end_their_machine(
+    skypilot, plan_of, tmp_path, monkeypatch, job
+):
+    plan, (stands, begun) = documents(plan_of, tmp_path), skypilot
+    stands[f"{plan.name}-data"] = cluster.Standing(kind="cluster", status="UP")
+    monkeypatch.setattr(cluster, "cluster_job_status", lambda name: job)
+
+    with pytest.raises(CloudError, match="preparing org/words made no shards"):
+        launch_plan(plan, {})
+
+    assert begun == [f"{plan.name}-data", f"end {plan.name}-data"]
+
+
+def test_a_machine_that_vanished_while_it_prepared_is_not_waited_for(skypilot, plan_of, tmp_path):
+    plan, (_, begun) = documents(plan_of, tmp_path), skypilot
+
+    with pytest.raises(CloudError, match="the same command goes on where it stopped"):
+        launch_plan(plan, {})
+
+    assert begun == ["reconcile", f"{plan.name}-data"]
+
+
+def test_preparing_that_takes_too_long_is_ended(skypilot, plan_of, tmp_path, monkeypatch):
+    plan, (stands, begun) = documents(plan_of, tmp_path), skypilot
+    stands[f"{plan.name}-data"] = cluster.Standing(kind="cluster", status="UP")
+    monkeypatch.setattr(cluster, "cluster_job_status", lambda name: "RUNNING")
+    ticks = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(up.time, "monotonic", lambda: next(ticks))
+
+    with pytest.raises(CloudError, match=f"at most {plan.prepare_hours:g} h were allowed"):
+        launch_plan(plan, {})
+
+    assert begun == [f"end {plan.name}-data"]  # and no second job beside the one that ran
+
+
+def test_a_start_that_is_killed_leaves_no_word_that_stops_the_next(skypilot, plan_of, tmp_path):
+    plan, (_, begun) = plan_of(), skypilot
+    word = tmp_path / ".cache/casallm/launching" / cluster_name(plan.request.run_url)
+    word.parent.mkdir(parents=True)
+    word.write_text(launching.CALLED_OFF)
+
+    launch_plan(plan, {})
+
+    assert begun == ["reconcile", plan.name]
+    assert not word.exists()
 
 
 def test_several_nodes_ask_for_the_fast_network(plan_of):
     task = train_task(plan_of(nodes=2), {})
 
     assert (task["num_nodes"], task["resources"]["network_tier"]) == (2, "best")
-
-
-def test_what_comes_home_is_the_report_and_the_model_and_no_checkpoint(tmp_path):
-    run = open_store(str(tmp_path / "run"))
-    kept = [
-        "config.yaml",
-        "finished.json",
-        "metrics.jsonl",
-        "model/model.safetensors",
-        "report.html",
-    ]
-    for name in [*kept, "checkpoints/step-00000001-a1/manifest.json", "attempts/000001/x.json"]:
-        run.write(name, name.encode())
-
-    bring_home(run.url, tmp_path / "home")
-
-    home = tmp_path / "home"
-    assert sorted(str(p.relative_to(home)) for p in home.rglob("*") if p.is_file()) == kept
 
 
 def test_leaving_prints_the_three_commands_that_matter():

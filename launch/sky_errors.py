@@ -1,0 +1,90 @@
+"""SkyPilot's exceptions as one sentence each, with the command that helps."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from casallm.errors import CloudError
+from launch import aws
+
+QUOTA_CODES = ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded", "InstanceLimitExceeded")
+"""What AWS answers where more time brings no machine, but a larger quota does."""
+
+_REFUSAL = re.compile(
+    r"An error occurred \((\w+)\) when calling the \w+ operation(?: \([^)]*\))?: ([^\n]+)"
+)
+
+
+class NoCapacityError(CloudError):
+    """The cloud has no such machine to rent out just now; it may have one later."""
+
+
+class NoControllerError(CloudError):
+    """There is no controller of managed jobs, so there are none."""
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Turn SkyPilot's exceptions into one sentence with the command that helps."""
+    from sky import exceptions
+
+    anything_else: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError)
+    anything_else += _own_errors(exceptions)
+    try:
+        yield
+    except CloudError:
+        raise
+    except (exceptions.ClusterNotUpError, exceptions.ClusterDoesNotExist) as error:
+        raise NoControllerError(_first_sentence(error)) from None
+    except exceptions.ResourcesUnavailableError as error:
+        raise _unavailable(error) from None
+    except exceptions.NoCloudAccessError:
+        raise CloudError(
+            "SkyPilot may use no cloud with these credentials: `sky check` says why"
+        ) from None
+    except (exceptions.RequestCancelled, exceptions.ApiServerConnectionError) as error:
+        raise CloudError(
+            f"SkyPilot's API server stopped ({_first_sentence(error)}): run the same command again"
+        ) from None
+    except anything_else as error:
+        raise CloudError(f"SkyPilot: {_first_sentence(error)}") from None
+
+
+def _unavailable(error: Any) -> CloudError:
+    """Why no machine was got, in the cloud's own words where it gave any."""
+    history = [str(each) for each in getattr(error, "failover_history", ())]
+    refusals = dict(_REFUSAL.findall("\n".join([str(error), *history])))
+    if refusals and refusals.keys() <= {*QUOTA_CODES}:
+        return CloudError(
+            f"the account may run no more such machines ({_quoted(refusals)}): ask for a larger"
+            " quota, as docs/guides/pretrain-on-aws.md says"
+        )
+    if refusals.keys() & {*aws.DENIED}:
+        return CloudError(
+            f"AWS lets nobody rent with these credentials ({_quoted(refusals)}): attach the policy"
+            " of docs/guides/pretrain-on-aws.md to your user"
+        )
+    if not refusals and not history:
+        return CloudError(
+            f"SkyPilot finds no machine for the plan ({_first_sentence(error)}): choose another"
+            " with GPU=, REGION= or SPOT="
+        )
+    said = f" ({_quoted(refusals)})" if refusals else ""
+    return NoCapacityError(f"no machine of the plan is to be had now{said}")
+
+
+def _quoted(refusals: Mapping[str, str]) -> str:
+    code, words = next(iter(refusals.items()))
+    return f"{code}: {words.partition('. ')[0].strip().rstrip('.')}"
+
+
+def _own_errors(module: Any) -> tuple[type[Exception], ...]:
+    """Every exception that SkyPilot defines; they have no common parent."""
+    defined = vars(module).values()
+    return tuple(each for each in defined if isinstance(each, type) and issubclass(each, Exception))
+
+
+def _first_sentence(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
