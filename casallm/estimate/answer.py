@@ -186,7 +186,7 @@ def _table(estimate: Estimate, width: int) -> list[list[str]]:
     header = ["  machine", "where", "$/h", "tokens/s", "MFU", "hours", "dollars"]
     rows = [header, *(_row(each, each is estimate.offers[0]) for each in _shown(estimate))]
     is_placed = any(each.job.offer.region for each in estimate.offers)
-    for column in ("where", "MFU", "tokens/s", "$/h"):
+    for column in ("where", "MFU", "tokens/s", "$/h", "hours"):
         is_narrow = sum(_widths(rows)) + 2 * (len(rows[0]) - 1) <= width
         if is_narrow and (is_placed or column != "where"):
             break

@@ -3,11 +3,16 @@
 Every line shows enough digits for that: the factors printed multiply to the figure printed.
 """
 
+import math
+
+from casallm.estimate import spot
 from casallm.estimate.answer import doubts, usd_range, wrap
 from casallm.estimate.architecture import count_matmul_params
+from casallm.estimate.cost import N_DRAWS
 from casallm.estimate.estimator import Estimate
+from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SPREAD, Job
 from casallm.estimate.layout import fits_ddp, most_sequences, setup_memory
-from casallm.estimate.throughput import PRUDENCE, Setup, step_time
+from casallm.estimate.throughput import PRUDENCE, Z90, Setup, step_time
 from casallm.units import format_bytes, format_count
 
 
@@ -29,6 +34,7 @@ def format_explain(estimate: Estimate, *, width: int = 100) -> str:
     for item in bill.items:
         lines.append(f"  {item.name:{size}}  {item.usd:10,.2f}  {item.source}")
     lines.append(f"  {'total':{size}}  {bill.usd.p50:10,.2f}  {usd_range(bill.usd)}")
+    lines.append(_range(best.job))
     lines += [f"But       {doubt}" for doubt in doubts(estimate)]
     return "\n".join(wrap(line, width, indent=10) for line in lines)
 
@@ -109,3 +115,20 @@ def _hours(estimate: Estimate) -> list[str]:
         f"          goodput {bill.goodput:.1%}: training, evaluation and sft, as a share of the"
         " hours after the startup",
     ]
+
+
+def _range(job: Job) -> str:
+    """What the interval is made of: eight of ten draws of each lie within a factor either way."""
+    uncertain = {"the startup": SETUP_SPREAD}
+    if job.is_spot:
+        uncertain |= {
+            "the time between preemptions": spot.MTBF_SPREAD,
+            "the waiting": spot.WAIT_SPREAD,
+            "the spot price": SPOT_PRICE_SPREAD,
+        }
+    factors = [f"{name} {math.exp(Z90 * sigma):.2f}" for name, sigma in uncertain.items()]
+    return (
+        f"Range     of {N_DRAWS:,} seeded draws, eight of ten: the rate"
+        f" {format_count(job.rate.p10)} to {format_count(job.rate.p90)} tokens/s; within a factor of the middle"
+        f" {', '.join(factors)}"
+    )

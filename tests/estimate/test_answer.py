@@ -120,6 +120,9 @@ Bill
   controller              1.54  8.0038 h x $0.192/h: SkyPilot's controller (m6i.xlarge), 10 idle min
           included
   total                  43.96  $33.66 to $58.54
+Range     of 2,001 seeded draws, eight of ten: the rate 381K to 623K tokens/s; within a factor of
+          the middle the startup 1.57, the time between preemptions 2.45, the waiting 2.45, the spot
+          price 1.17
 """
 
 
@@ -193,7 +196,7 @@ def test_the_rate_and_the_hours_can_be_done_again_by_hand():
     assert sum(parts[1:]) == pytest.approx(parts[0], abs=0.2)
 
 
-@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
 @pytest.mark.parametrize("n_params", [10**6, 350 * 10**6, 3 * 10**9])
 def test_no_line_is_longer_than_the_width(n_params: int, width: int):
     config = shape_for_params(n_params)
