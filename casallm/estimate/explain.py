@@ -129,6 +129,6 @@ def _range(job: Job) -> str:
     factors = [f"{name} {math.exp(Z90 * sigma):.2f}" for name, sigma in uncertain.items()]
     return (
         f"Range     of {N_DRAWS:,} seeded draws, eight of ten: the rate"
-        f" {format_count(job.rate.p10)} to {format_count(job.rate.p90)} tokens/s; within a factor of the middle"
-        f" {', '.join(factors)}"
+        f" {format_count(job.rate.p10)} to {format_count(job.rate.p90)} tokens/s; within a factor"
+        f" of the middle {', '.join(factors)}"
     )
