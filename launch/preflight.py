@@ -5,7 +5,6 @@ so that a person sees all of them together.
 """
 
 import importlib.metadata
-import json
 import secrets
 import shutil
 import subprocess
@@ -14,11 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from casallm.data.manifest import parse_manifest
 from casallm.errors import CasallmError, StoreExistsError, StoreNotFoundError
 from casallm.storage.store import open_store
 from casallm.units import format_count
 from launch import aws
 from launch.plan import Plan
+from launch.progress import read_progress
 from launch.request import ACCOUNT
 from launch.tasks import CHECKOUT
 
@@ -69,7 +70,10 @@ def preflight(plan: Plan, around: Surroundings) -> Findings:
     if plan.request.cloud == "aws":
         checks.append(lambda: check_quotas(plan))
     if plan.workload.data == "shards":
-        checks.append(lambda: check_data(plan.workload.data_url))
+        workload = plan.workload
+        checks.append(lambda: check_data(workload.data_url, workload.config.vocab_size))
+    if base_url := plan.request.base_url:
+        checks.append(lambda: check_base(base_url))
     with ThreadPoolExecutor(len(checks), thread_name_prefix="preflight") as executor:
         results = list(executor.map(_guarded, checks))
     found = sum(results, start=Findings())
@@ -179,17 +183,45 @@ def check_quotas(plan: Plan) -> Findings:
     return Findings(tuple(refused[:1]))
 
 
-def check_data(url: str) -> Findings:
-    """Shards lie at `url`, and their manifest is whole."""
-    store = open_store(url)
+def check_data(url: str, vocab_size: int) -> Findings:
+    """Whole shards lie at `url`, made with the model's vocabulary; their bytes are read later."""
+    shards = open_store(url)
     try:
-        tokens = json.loads(store.read("manifest.json"))["splits"]["train"]["tokens"]
-    except (StoreNotFoundError, ValueError, KeyError, TypeError):
-        text = (
-            f"there are no shards at {url} (no whole manifest.json): check DATA=, or make them with"
+        manifest = parse_manifest(shards.read("manifest.json"), where=f"{url}/manifest.json")
+    except StoreNotFoundError:
+        return Findings(
+            (
+                f"there are no shards at {url} (no manifest.json): check DATA=, or make them with"
+                f" `make prepare DATA=DOCUMENTS OUT={url}`",
+            )
         )
-        return Findings((f"{text} `make prepare DATA=DOCUMENTS OUT={url}`",))
-    return Findings(notes=(f"{url} holds {format_count(tokens)} tokens of training data",))
+    problems = []
+    made_with = manifest.tokenizer.vocab_size
+    if made_with != vocab_size:
+        problems.append(
+            f"the shards at {url} were made with a vocabulary of {made_with}, but the model has"
+            f" {vocab_size}: add SET=model.vocab_size={made_with}"
+        )
+    sizes = {entry.name: entry.bytes for entry in shards.list()}
+    listed = [shard for split in manifest.splits.values() for shard in split.shards]
+    damaged = [shard.name for shard in listed if sizes.get(shard.name) != shard.bytes]
+    if damaged:
+        problems.append(
+            f"{len(damaged)} of {len(listed)} shards at {url} are missing or cut ({damaged[0]}"
+            f"{' …' if len(damaged) > 1 else ''}): make them again with `make prepare"
+            f" DATA=DOCUMENTS OUT={url}`"
+        )
+    tokens = format_count(manifest.splits["train"].tokens)
+    return Findings(tuple(problems), (f"{url} holds {tokens} tokens of training data",))
+
+
+def check_base(url: str) -> Findings:
+    """The run that an assistant is made of has a checkpoint."""
+    if read_progress(open_store(url)).checkpoint:
+        return Findings()
+    return Findings(
+        (f"there is no checkpoint of a run at {url}: name a pretrained one with FROM=s3://…",)
+    )
 
 
 def _far_away(bucket: str, region: str, regions: list[str]) -> list[str]:

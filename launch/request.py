@@ -65,6 +65,13 @@ class LaunchRequest:
         return f"{self.bucket_url}/{self.run or self._default_name}"
 
     @property
+    def base_url(self) -> str | None:
+        """Where the run lies that sft starts from: a URL, or a name in the bucket."""
+        if not self.start_from or "://" in self.start_from:
+            return self.start_from
+        return f"{self.bucket_url}/{self.start_from}"
+
+    @property
     def _default_name(self) -> str:
         if self.start_from:
             return f"{self.start_from.rstrip('/').rpartition('/')[2]}-{self.job}"

@@ -78,9 +78,8 @@ def run_up(request: LaunchRequest, choices: Choices, *, say: Say) -> int:
 def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int:
     """End one run's machines, or all; 0 only if nothing is left."""
     if not is_sure:
-        names = [cluster_name(run_url)] if run_url else cluster.live_names()
-        say(f"this ends: {', '.join(names) or 'whatever carries our label'}")
-        if not confirm("End it?"):
+        say(_what_ends(run_url))
+        if not confirm("End all of this?"):
             return 1
     result = tear_down(run_url, cloud=cloud)
     usd = _paid(run_url) if run_url else None
@@ -104,6 +103,14 @@ def status_text(run_url: str | None) -> str:
     lines.append(f"controller   {watching or 'none: nothing is billed for it'}")
     lines.append(f"in AWS       {_rented(run_url)}")
     return "\n".join(lines if names else ["SkyPilot runs nothing of casallm", *lines])
+
+
+def _what_ends(run_url: str | None) -> str:
+    """What `down` is about to end; what cannot be looked at keeps nobody from ending it."""
+    try:
+        return status_text(run_url)
+    except CasallmError as error:
+        return f"{run_url or 'all that carries our label'}, of which little is known ({error})"
 
 
 def is_over(run_url: str) -> bool:

@@ -80,7 +80,7 @@ def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
         "NOTICES": request.cloud if request.cloud in NOTICES else "off",
     }
     if request.job == "sft":
-        envs["FROM"] = request.start_from or ""
+        envs["FROM"] = request.base_url or ""
     else:
         envs |= {
             "PRESET": "" if request.params else workload.size,

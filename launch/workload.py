@@ -73,6 +73,12 @@ def read_workload(request: LaunchRequest) -> Workload:
         raise ConfigError("PRESET and PARAMS both choose the size: give one of them")
     if request.job == "sft" and not request.start_from:
         raise ConfigError("sft starts from a run: add FROM=s3://BUCKET/NAME (--from)")
+    if request.start_from and Path(request.start_from).exists():
+        raise ConfigError(
+            f"FROM={request.start_from} is on this computer, where machines in a cloud cannot read"
+            f" it: run `aws s3 sync {request.start_from} s3://BUCKET/NAME`, then launch with"
+            " FROM=s3://BUCKET/NAME"
+        )
     asked = parse_overrides(request.settings)
     settings = merge(_size_settings(request), asked)
     config = build(ModelConfig, settings["model"], where="settings model")

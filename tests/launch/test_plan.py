@@ -169,6 +169,11 @@ def test_documents_of_this_computer_go_into_a_bucket_first(plan_of, tmp_path, mo
     )
 
 
+def test_a_run_of_this_computer_cannot_be_started_from_in_a_cloud(plan_of, tmp_path):
+    with pytest.raises(ConfigError, match="is on this computer, where machines in a cloud cannot"):
+        plan_of(job="sft", start_from=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "data", ["org/fine:web", "s3://b/fine-web/*.parquet", "s3://b/fine-web.jsonl.gz"]
 )

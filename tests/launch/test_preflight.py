@@ -1,8 +1,12 @@
+import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from casallm.errors import CloudError, ConfigError
+from casallm.data.prepare import prepare
+from casallm.data.sources import open_source
+from casallm.errors import CloudError, ConfigError, DataError
 from launch import aws
 from launch.preflight import (
     Surroundings,
@@ -14,6 +18,7 @@ from launch.preflight import (
     check_tree,
     preflight,
 )
+from tests.data.conftest import make_texts, write_documents
 
 EXPIRED = b"""<ErrorResponse><Error><Code>ExpiredToken</Code><Message>old</Message></Error>
 <RequestId>1</RequestId></ErrorResponse>"""
@@ -203,9 +208,65 @@ def test_wandb_online_needs_its_key_here(plan_of):
 def test_shards_that_are_not_there_are_a_problem(account):
     aws.create_bucket("ours", "us-east-1")
 
-    assert check_data("s3://ours/data").problems == (
-        "there are no shards at s3://ours/data (no whole manifest.json): check DATA=, or make them"
+    assert check_data("s3://ours/data", 400).problems == (
+        "there are no shards at s3://ours/data (no manifest.json): check DATA=, or make them"
         " with `make prepare DATA=DOCUMENTS OUT=s3://ours/data`",
+    )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    source = open_source(str(write_documents(folder / "documents.jsonl", make_texts(400))))
+    return prepare(source, folder / "shards", tokenizer=None, vocab_size=400, workers=1).directory
+
+
+@pytest.fixture
+def shards(prepared, tmp_path):
+    """The directory of a small data set, vocabulary 400, that a test may damage."""
+    return Path(shutil.copytree(prepared, tmp_path / "shards"))
+
+
+def test_whole_shards_of_the_models_vocabulary_are_no_problem(shards):
+    found = check_data(str(shards), 400)
+
+    assert found.problems == ()
+    assert "tokens of training data" in found.notes[0]
+
+
+def test_shards_of_another_vocabulary_are_told_before_money_is_spent(shards):
+    assert check_data(str(shards), 40960).problems == (
+        f"the shards at {shards} were made with a vocabulary of 400, but the model has 40960: add"
+        " SET=model.vocab_size=400",
+    )
+
+
+def test_a_shard_that_is_missing_or_cut_is_told(shards):
+    first = min(shards.glob("train-*.npy"))
+    first.write_bytes(first.read_bytes()[:-2])
+
+    (problem,) = check_data(str(shards), 400).problems
+
+    assert problem.startswith(f"1 of 2 shards at {shards} are missing or cut ({first.name})")
+
+
+def test_a_manifest_that_was_cut_is_told(shards, plan_of):
+    manifest = shards / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-10])
+
+    with pytest.raises(DataError, match=r"manifest\.json was cut or changed"):
+        check_data(str(shards), 400)
+
+
+def test_an_assistant_needs_a_run_to_start_from(account, plan_of):
+    aws.create_bucket("ours", "us-east-1")
+    plan = plan_of(job="sft", start_from="350m", bucket="s3://ours")
+
+    found = preflight(plan, Surroundings({}, is_dirty_allowed=True))
+
+    assert (
+        "there is no checkpoint of a run at s3://ours/350m: name a pretrained one with FROM=s3://…"
+        in found.problems
     )
 
 

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from casallm.errors import CloudError
+from casallm.errors import CloudError, StoreError
 from casallm.storage.store import open_store
 from casallm.train.attempts import claim
 from launch import aws, cluster, node, session
@@ -61,6 +61,29 @@ def test_the_status_shows_what_skypilot_has_lost_track_of(monkeypatch):
         "in AWS       instance i-1 in us-east-1 (running)",
         "             eu-south-1 is closed to you",
     ]
+
+
+def test_down_shows_what_it_ends_before_it_asks_and_ends_nothing_without_a_yes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(session, "status_text", lambda url: "casallm-x   RUNNING on aws us-east-1")
+    monkeypatch.setattr(session, "confirm", lambda question: asked.append(question))
+    monkeypatch.setattr(session, "tear_down", lambda url, cloud: pytest.fail("nobody said yes"))
+
+    code = session.run_down("s3://ours/x", "aws", is_sure=False, say=asked.append)
+
+    assert (code, asked) == (1, ["casallm-x   RUNNING on aws us-east-1", "End all of this?"])
+
+
+def test_what_cannot_be_looked_at_can_still_be_ended(monkeypatch):
+    said = []
+    monkeypatch.setattr(session, "status_text", lambda url: _raised_or(StoreError("no bucket")))
+    monkeypatch.setattr(session, "confirm", lambda question: True)
+    monkeypatch.setattr(session, "tear_down", lambda url, cloud: TearDown())
+    monkeypatch.setattr(session, "_paid", lambda url: None)
+
+    assert session.run_down("s3://ours/x", "aws", is_sure=False, say=said.append) == 0
+
+    assert said == ["s3://ours/x, of which little is known (no bucket)", "nothing left"]
 
 
 @pytest.fixture
