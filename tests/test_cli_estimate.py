@@ -95,6 +95,7 @@ def test_make_passes_every_variable_on(variables: str, options: str):
     shown = subprocess.run(
         ["make", "--dry-run", "--silent", "estimate-cost", *variables.split()],
         cwd=Path(__file__).parent.parent,
+        env={"PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,
         check=True,

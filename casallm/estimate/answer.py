@@ -85,6 +85,11 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
             f"{format_count(estimate.tokens)} tokens are more than FineWeb-Edu's"
             f" {format_count(FINEWEB_EDU_TOKENS)}: other text or several epochs are needed."
         )
+    offer = estimate.offers[0].job.offer
+    if estimate.request.is_own and offer.cloud == "aws" and not offer.region.startswith("us-"):
+        found.append(
+            f"make pretrain CLOUD=aws looks in US regions: add REGION={offer.region} for this one."
+        )
     if estimate.too_small:
         found.append(f"{estimate.too_small} offers are left out: the model does not fit them.")
     found.append(_price_age(estimate, today or datetime.datetime.now(datetime.UTC).date()))

@@ -299,6 +299,19 @@ def test_what_casallms_own_trainer_lacks_is_said(name, context_length, wishes, l
     assert not any("own trainer" in n for n in notes(estimate(replace(request, is_own=False))))
 
 
+def test_a_region_in_which_the_launcher_does_not_look_is_said():
+    def told(region: str | None) -> list[str]:
+        request = EstimateRequest(
+            config=NAMED_SIZES["350m"], prices=load_snapshot(), cloud="aws", region=region
+        )
+        return [note for note in notes(estimate(request)) if "looks in US regions" in note]
+
+    assert told("ap-south-1") == [
+        "make pretrain CLOUD=aws looks in US regions: add REGION=ap-south-1 for this one."
+    ]
+    assert told("us-east-1") == []
+
+
 def test_machines_that_slow_each_other_down_are_named():
     machine = {"hardware": GPUS["B200"], "prices": load_snapshot(), "n_gpus": 8}
     request = EstimateRequest(config=NAMED_SIZES["1.2b"], cloud="lambda", n_nodes=2, **machine)

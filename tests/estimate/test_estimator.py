@@ -1,3 +1,4 @@
+import itertools
 import math
 from dataclasses import replace
 
@@ -101,8 +102,36 @@ def test_work_is_counted_for_the_context(few_prices):
     assert answer.total_flops == answer.flops_per_token * 10**10
 
 
+@pytest.mark.parametrize("size", ["350m", "1.2b"])
+def test_more_machines_with_a_fast_link_are_faster_and_never_more_than_in_proportion(size: str):
+    fast = ("p4d.", "p4de.", "p5.48", "p5e.", "p5en.", "p6-b200.")
+    snapshot = load_snapshot()
+    prices = replace(
+        snapshot, offers=tuple(o for o in snapshot.offers if o.instance.startswith(fast))
+    )
+    rates = []
+    for n_nodes in (1, 2, 4, 8):
+        offers = ask(size, prices, n_nodes=n_nodes).offers
+        rates.append({(e.job.offer.instance, e.job.is_spot): e.job.rate.p50 for e in offers})
+
+    for fewer, more in itertools.pairwise(rates):
+        for machine, rate in more.items():
+            assert 1 < rate / fewer[machine] <= 2, machine
+
+
+def test_casallms_own_runs_are_priced_without_recomputation_while_that_fits(few_prices):
+    wide = {"context_length": 65_536, "hardware": GPUS["H100"], "n_gpus": 8}
+    own = ask("350m", few_prices, **wide).offers[0].job.setup
+
+    assert (own.recompute, own.sharding) == ("none", "ddp")
+    needed = ask("1.2b", few_prices, **wide).offers[0].job.setup
+    assert needed.recompute != "none"
+    with pytest.raises(ConfigError, match="does not fit"):
+        ask("1.2b", few_prices, context_length=65_536)
+
+
 @given(budget=st.floats(0.3, 20_000), more=st.floats(1, 4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_more_budget_never_gives_a_worse_model(budget: float, more: float):
     prices = load_snapshot()
 
