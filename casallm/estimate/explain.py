@@ -10,7 +10,7 @@ from casallm.estimate.answer import doubts, usd_range, wrap
 from casallm.estimate.architecture import count_matmul_params
 from casallm.estimate.cost import N_DRAWS
 from casallm.estimate.estimator import Estimate
-from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SPREAD, Job
+from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SKEW, SPOT_PRICE_SPREAD, Job
 from casallm.estimate.layout import fits_ddp, most_sequences, setup_memory
 from casallm.estimate.throughput import PRUDENCE, Z90, Setup, step_time
 from casallm.units import format_bytes, format_count
@@ -124,7 +124,8 @@ def _range(job: Job) -> str:
         uncertain |= {
             "the time between preemptions": spot.MTBF_SPREAD,
             "the waiting": spot.WAIT_SPREAD,
-            "the spot price": SPOT_PRICE_SPREAD,
+            "a lower spot price": SPOT_PRICE_SPREAD,
+            "a higher one": SPOT_PRICE_SPREAD * SPOT_PRICE_SKEW,
         }
     factors = [f"{name} {math.exp(Z90 * sigma):.2f}" for name, sigma in uncertain.items()]
     return (

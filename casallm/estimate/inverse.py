@@ -15,7 +15,7 @@ from functools import cache
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params, shape_for_params
 from casallm.estimate.cost import middle_of, price_job
-from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SPREAD, Job
+from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SKEW, SPOT_PRICE_SPREAD, Job
 from casallm.estimate.prices import Offer, hourly_price
 from casallm.estimate.scaling import BESIROGLU_2024, FINEWEB_EDU_TOKENS
 from casallm.estimate.throughput import Z90
@@ -36,7 +36,7 @@ LEAST_TOKENS_PER_PARAM = 1
 _SAFETY = 1.02
 """On top of the spread of the bill, which is taken from a long run."""
 
-_STARTUP_MARGIN = math.exp(Z90 * math.hypot(SETUP_SPREAD, SPOT_PRICE_SPREAD))
+_STARTUP_MARGIN = math.exp(Z90 * math.hypot(SETUP_SPREAD, SPOT_PRICE_SPREAD * SPOT_PRICE_SKEW))
 """Ninetieth percentile over the median of what is paid before the first token."""
 
 MakeJob = Callable[[Offer, bool, ModelConfig, int], Job]

@@ -28,8 +28,10 @@ RESTART_SECONDS = 360.0
 SETUP_SPREAD = 0.35
 """Standard deviation of the logarithm of either."""
 
-SPOT_PRICE_SPREAD = 0.12
-"""The same of a spot price against the one that was read: they move, and zones run out."""
+SPOT_PRICE_SPREAD, SPOT_PRICE_SKEW = 0.12, 2.75
+"""The same of a spot price against the one that was read, and how much more that is upwards: prices
+move, and the one that was read is of a region's cheapest zone. Where that has run out the next
+costs up to 1.53 times as much, nine times in ten (36 machines in regions of AWS's catalog)."""
 
 STATE_BYTES = 12
 """A parameter in a checkpoint: fp32 weights and AdamW's moments."""
@@ -157,7 +159,8 @@ def count_hours(job: Job, draws: Draws) -> Hours:
         lost = (paid - busy * (1 + recovery.stall / interval)) * scale
         preemptions = paid * 3600 / mtbf
         wait = preemptions * spot.WAIT_HOURS * np.exp(spot.WAIT_SPREAD * draws.wait)
-        price = job.usd_per_hour * np.exp(SPOT_PRICE_SPREAD * draws.price)
+        spread = SPOT_PRICE_SPREAD * np.where(draws.price > 0, SPOT_PRICE_SKEW, 1.0)
+        price = job.usd_per_hour * np.exp(spread * draws.price)
     stalls = busy * recovery.stall / interval
     return Hours(
         train=train,

@@ -3,14 +3,17 @@ import datetime
 import gzip
 import io
 import json
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from casallm.errors import ConfigError
 from casallm.estimate import prices
 from casallm.estimate.hardware import GPUS
+from casallm.estimate.job import SPOT_PRICE_SKEW, SPOT_PRICE_SPREAD
 from casallm.estimate.prices import (
     Offer,
     cheapest_regions,
@@ -20,6 +23,7 @@ from casallm.estimate.prices import (
     market_spot_price,
     parse_catalog,
 )
+from casallm.estimate.throughput import Z90
 
 HEADER = (
     "InstanceType,AcceleratorName,AcceleratorCount,Price,SpotPrice,Region,AvailabilityZone,GpuInfo"
@@ -211,6 +215,20 @@ def test_the_snapshot_is_the_shared_catalog(shared_data: Path):
 
     assert set(catalog.offers) <= snapshot
     assert {offer.cloud for offer in snapshot - set(catalog.offers)} == {"lambda", "nebius"}
+
+
+def test_the_spread_of_spot_prices_is_that_of_the_next_zone(shared_data: Path):
+    zones: dict[tuple[str, str], list[float]] = {}
+    with (shared_data / "skypilot-catalog" / "aws" / "vms.csv").open() as file:
+        for row in csv.DictReader(file):
+            price = market_spot_price(float(row["SpotPrice"] or 0), float(row["Price"] or 0))
+            if price:
+                zones.setdefault((row["InstanceType"], row["Region"]), []).append(price)
+    steps = [sorted(each)[1] / min(each) for each in zones.values() if len(each) > 1]
+
+    assert len(steps) == 36
+    dearer = math.exp(Z90 * SPOT_PRICE_SPREAD * SPOT_PRICE_SKEW)
+    assert np.quantile(steps, 0.9) == pytest.approx(dearer, rel=0.02)
 
 
 def test_each_machine_is_offered_where_it_is_cheapest():
