@@ -5,7 +5,7 @@ Everything that is rented for a run carries its label (an EC2 tag on instances a
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,6 +15,9 @@ from casallm.errors import CloudError, MissingExtraError
 T = TypeVar("T")
 
 PARALLEL = 8
+
+RUN_LABEL = "casallm-run"
+"""The tag that says of which run a machine is."""
 
 GONE = ("terminated",)
 """States of an instance that bills nothing and will not come back."""
@@ -47,6 +50,8 @@ class Leftover:
     id: str
     region: str
     state: str
+    spot_run: str = ""
+    """The run of a spot machine, by its label: something may be there that replaces it."""
 
     def __str__(self) -> str:
         return f"{self.kind} {self.id} in {self.region} ({self.state})"
@@ -217,7 +222,7 @@ def _left_in(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover]:
     reservations = _all(ec2, "describe_instances", "Reservations", filters)
     instances = [each for reservation in reservations for each in reservation["Instances"]]
     found = [
-        Leftover("instance", each["InstanceId"], region, each["State"]["Name"])
+        Leftover("instance", each["InstanceId"], region, each["State"]["Name"], _spot_run(each))
         for each in instances
         if each["State"]["Name"] not in GONE
     ]
@@ -232,6 +237,11 @@ def _left_in(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover]:
         for each in _all(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", live)
     ]
     return found
+
+
+def _spot_run(instance: Mapping[str, Any]) -> str:
+    tags = {tag["Key"]: tag["Value"] for tag in instance.get("Tags", [])}
+    return tags.get(RUN_LABEL, "") if instance.get("InstanceLifecycle") == "spot" else ""
 
 
 def _all(client: Any, method: str, key: str, filters: Sequence[dict[str, Any]]) -> Iterator[Any]:

@@ -194,6 +194,12 @@ def live_names() -> list[str]:
     return sorted({name for name in names if name.startswith(PREFIX)})
 
 
+def known_names() -> set[str]:
+    """Every managed job and cluster that SkyPilot remembers, whatever became of it."""
+    names = {str(record["job_name"]) for record in _jobs()}
+    return names | {str(record["name"]) for record in _clusters()}
+
+
 def has_live_jobs() -> bool:
     """Whether the controller has a managed job to watch, ours or anybody's."""
     return any(_job_standing(record).is_live for record in _jobs())

@@ -66,7 +66,9 @@ def tear_down(run_url: str | None, *, cloud: str = "aws") -> TearDown:
     problems: list[str] = []
     names = machine_names(run_url) if run_url else []
     launching.withdraw(names[0] if names else None)
+    known: set[str] = set()
     with _noted(problems):
+        known = cluster.known_names()
         names = names or sorted({*cluster.live_names(), *cluster.launches()})
     for name in names:
         _end_known(name, ended, problems)
@@ -76,7 +78,7 @@ def tear_down(run_url: str | None, *, cloud: str = "aws") -> TearDown:
             ended.append("SkyPilot's controller")
     with _noted(problems):
         if cloud == "aws":
-            return _prove(run_url, ended, problems)
+            return _prove(run_url, known, ended, problems)
         left = sorted({*cluster.live_names()} & {*names})
         return TearDown(tuple(ended), tuple(left), tuple(problems), is_proven=False)
     return TearDown(tuple(ended), problems=tuple(problems), is_proven=False)
@@ -98,17 +100,23 @@ def _end_known(name: str, ended: list[str], problems: list[str]) -> None:
             ended.append(f"cluster {name}")
 
 
-def _prove(run_url: str | None, ended: list[str], problems: list[str]) -> TearDown:
+def _prove(run_url: str | None, known: set[str], ended: list[str], problems: list[str]) -> TearDown:
     """Ask AWS itself what is left, end that, and watch it until it is gone."""
     labels = run_labels(run_url) if run_url else PROJECT
     if any(each.startswith("launch of ") for each in ended):
         time.sleep(SETTLE_SECONDS)
     seen = aws.survey(aws.enabled_regions(), labels)
-    found = [*seen.found, *_uploads(run_url)]
+    found = [*seen.found, *_uploads(run_url, problems)]
     _remove(found, problems)
     left = _wait_until_gone(found, labels, run_url, problems)
+    for run in sorted({each.spot_run for each in found} - known - {""}):
+        problems.append(
+            f"{run} is no launch of this computer's SkyPilot: if another still watches it, that one"
+            " rents again, so run `make down` there"
+        )
+    left_ids = {each.id for each in left}
     return TearDown(
-        ended=(*ended, *(str(each) for each in found if each not in left)),
+        ended=(*ended, *(str(each) for each in found if each.id not in left_ids)),
         left=tuple(str(each) for each in left),
         problems=tuple(problems),
         closed=seen.closed,
@@ -131,7 +139,7 @@ def _wait_until_gone(
     left, deadline = found, time.monotonic() + GONE_SECONDS
     while left and time.monotonic() < deadline:
         regions = sorted({each.region for each in left if each.kind != "upload"})
-        left = [*aws.survey(regions, labels).found, *_uploads(run_url)]
+        left = [*aws.survey(regions, labels).found, *_uploads(run_url, problems)]
         for each in left:
             if each.kind == "volume" and each.state == "available":
                 with _noted(problems):
@@ -141,14 +149,15 @@ def _wait_until_gone(
     return left
 
 
-def _uploads(run_url: str | None) -> list[aws.Leftover]:
+def _uploads(run_url: str | None, problems: list[str]) -> list[aws.Leftover]:
     """Unfinished uploads below the run; it has no writer any more."""
     if run_url is None or not run_url.startswith("s3://"):
         return []
     bucket, _, prefix = run_url.removeprefix("s3://").partition("/")
-    if aws.bucket_region(bucket) is None:
-        return []
-    return aws.unfinished_uploads(bucket, f"{prefix}/")
+    with _noted(problems):
+        if aws.bucket_region(bucket) is not None:
+            return aws.unfinished_uploads(bucket, f"{prefix}/")
+    return []
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from casallm.data.sources import BUILTIN, source_name
+from launch.aws import RUN_LABEL
 
 Job = Literal["pretrain", "sft"]
 JOBS: tuple[Job, ...] = ("pretrain", "sft")
@@ -98,4 +99,4 @@ def machine_names(run_url: str) -> list[str]:
 
 def run_labels(run_url: str) -> dict[str, str]:
     """The labels (on AWS: tags) of everything that is rented for a run."""
-    return {**PROJECT, "casallm-run": cluster_name(run_url)}
+    return {**PROJECT, RUN_LABEL: cluster_name(run_url)}

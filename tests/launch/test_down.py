@@ -14,13 +14,18 @@ REGIONS = ("us-east-1", "us-west-2")
 IMAGE = "ami-12c6146b"  # one that moto knows
 
 
-def rent(account, region: str, labels: dict[str, str]) -> str:
+def rent(account, region: str, labels: dict[str, str], *, is_spot: bool = False) -> str:
     """An instance and a volume of its own, labelled as SkyPilot labels them."""
     ec2 = account.client("ec2", region_name=region)
     tags = [{"Key": key, "Value": value} for key, value in labels.items()]
     specs = [{"ResourceType": kind, "Tags": tags} for kind in ("instance", "volume")]
     reservation = ec2.run_instances(
-        ImageId=IMAGE, MinCount=1, MaxCount=1, InstanceType="p4d.24xlarge", TagSpecifications=specs
+        ImageId=IMAGE,
+        MinCount=1,
+        MaxCount=1,
+        InstanceType="p4d.24xlarge",
+        TagSpecifications=specs,
+        **({"InstanceMarketOptions": {"MarketType": "spot"}} if is_spot else {}),
     )
     return reservation["Instances"][0]["InstanceId"]
 
@@ -136,6 +141,7 @@ def skypilot(account, monkeypatch, tmp_path):
         "cancel_launches": lambda name: bool(has.launches.pop(name, None)),
         "standing": standing,
         "has_cluster": lambda name: name in has.clusters,
+        "known_names": lambda: {*has.jobs, *has.clusters},
         "live_names": lambda: sorted({*has.jobs, *has.clusters}),
         "has_live_jobs": lambda: bool(has.jobs) or has.others_live,
         "controller": lambda: has.controller,
@@ -241,6 +247,29 @@ def test_a_bucket_that_cannot_be_looked_into_keeps_no_machine_alive(skypilot, ac
     result = down.tear_down(RUN)
 
     assert (result.left, result.problems) == ((), ("bucket s3://ours belongs to somebody else",))
+
+
+def test_spot_machines_of_another_computers_skypilot_are_ended_and_not_called_gone(
+    skypilot, account
+):
+    rent(account, "us-east-1", run_labels(RUN), is_spot=True)
+
+    first, second = down.tear_down(RUN), down.tear_down(RUN)
+
+    assert first.left == ()
+    assert first.problems == (
+        f"{NAME} is no launch of this computer's SkyPilot: if another still watches it, that one"
+        " rents again, so run `make down` there",
+    )
+    assert second.is_clean
+
+
+def test_a_spot_machine_that_skypilot_remembers_is_simply_ended(skypilot, account):
+    has, _ = skypilot
+    has.jobs = {NAME: replace(RUNNING, status="CANCELLED")}
+    rent(account, "us-east-1", run_labels(RUN), is_spot=True)
+
+    assert down.tear_down(RUN).is_clean
 
 
 def test_down_calls_off_a_launcher_that_waits(skypilot):

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from casallm.errors import CloudError
@@ -123,16 +125,13 @@ def test_a_cluster_whose_job_has_ended_gets_another(skypilot, plan_of, monkeypat
     assert begun == ([plan.name] if begins else [])
 
 
-def sold_out(times: int, begun: list[str]):
+def sold_out(begun: list[str], *, times: float = math.inf):
     """A `launch_cluster` that gets a machine only after so many refusals."""
-    refusals = iter(
-        [NoCapacityError("no machine of the plan is to be had now (AWS: none)")] * times
-    )
 
     def launch_cluster(task, name):
         begun.append(f"ask {name}")
-        for refusal in refusals:
-            raise refusal
+        if begun.count(f"ask {name}") <= times:
+            raise NoCapacityError("no machine of the plan is to be had now (AWS: none)")
 
     return launch_cluster
 
@@ -141,7 +140,7 @@ def test_machines_that_are_sold_out_are_asked_for_again_and_that_is_said_once(
     skypilot, plan_of, monkeypatch, caplog
 ):
     plan, (_, begun) = plan_of(is_spot=False), skypilot
-    monkeypatch.setattr(cluster, "launch_cluster", sold_out(3, begun))
+    monkeypatch.setattr(cluster, "launch_cluster", sold_out(begun, times=3))
 
     launch_plan(plan, {})
 
@@ -151,7 +150,7 @@ def test_machines_that_are_sold_out_are_asked_for_again_and_that_is_said_once(
 
 def test_the_wait_for_machines_has_an_end_and_says_what_to_do(skypilot, plan_of, monkeypatch):
     plan, (_, begun) = plan_of(is_spot=False), skypilot
-    monkeypatch.setattr(cluster, "launch_cluster", sold_out(10**9, begun))
+    monkeypatch.setattr(cluster, "launch_cluster", sold_out(begun))
     monkeypatch.setattr(up, "CAPACITY_HOURS", 0)
     monkeypatch.setattr(up, "CAPACITY_POLL_SECONDS", 1)
 
@@ -167,7 +166,7 @@ def test_the_wait_for_machines_has_an_end_and_says_what_to_do(skypilot, plan_of,
 
 def test_a_launch_that_was_called_off_asks_for_nothing_more(skypilot, plan_of, monkeypatch):
     plan, (_, begun) = plan_of(is_spot=False), skypilot
-    refused = sold_out(10**9, begun)
+    refused = sold_out(begun)
 
     def launch_cluster(task, name):
         launching.withdraw(name)
