@@ -89,11 +89,12 @@ def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int
 
 def status_text(run_url: str | None) -> str:
     """One run in full, or every live one by name; the controller, and what AWS itself has."""
-    names = [cluster_name(run_url)] if run_url else cluster.live_names()
+    begun = cluster.launches()
+    names = [cluster_name(run_url)] if run_url else sorted({*cluster.live_names(), *begun})
     lines = []
     for name in names:
         current = cluster.standing(name)
-        state = current.status or "not running"
+        state = current.status or ("being launched" if name in begun else "not running")
         where = f" on {current.where}" if current.where else ""
         recovered = f", recovered {current.recoveries} times" if current.recoveries else ""
         lines.append(f"{name}   {state}{where}{recovered}")

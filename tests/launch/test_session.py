@@ -49,7 +49,7 @@ def test_a_run_that_is_over_is_known_before_anything_is_rented(tmp_path):
 
 def test_the_status_shows_what_skypilot_has_lost_track_of(monkeypatch):
     lost = aws.Leftover("instance", "i-1", "us-east-1", "running")
-    for name, answer in (("live_names", []), ("controller", None)):
+    for name, answer in (("live_names", []), ("launches", {}), ("controller", None)):
         monkeypatch.setattr(cluster, name, lambda answer=answer: answer)
     monkeypatch.setattr(aws, "enabled_regions", lambda: ["us-east-1"])
     seen = aws.Survey((lost,), closed=("eu-south-1",))
