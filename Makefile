@@ -93,7 +93,7 @@ status logs down: .venv/.installed-cloud ## what runs in the cloud, what it says
 	  $(if $(filter down,$@),$(if $(filter-out local,$(CLOUD)),--cloud $(CLOUD)) $(if $(YES),--yes))
 
 test: .venv/.installed-$(TESTED) ## the test suite, a few minutes on two cores
-	.venv/bin/python -m pytest -q -n 3 --dist loadgroup --no-loadscope-reorder \
+	.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
 	  -m "not slow and not gpu and not network"
 
 test-all: .venv/.installed-$(TESTED) ## the slow tests too

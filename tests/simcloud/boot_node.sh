@@ -1,6 +1,7 @@
 #!/bin/bash
 # Pid 1 to be of one simulated instance; runs in fresh mount, uts, ipc, net and pid namespaces.
-# Environment: NODE (its folder), ROOT (of the simulation), IP, REGION, ENDPOINT, KEYS (ssh).
+# Environment: NODE (its folder), ROOT (of the image), SOCK (folder of the cloud's socket), CHECKOUT,
+# IP, REGION, TYPE, ENDPOINT, KEYS (ssh).
 set -e
 cd "$NODE"
 mkdir -p up work root
@@ -14,12 +15,13 @@ mount --rbind /dev root/dev
 mount -t tmpfs tmpfs root/dev/shm
 mount -t tmpfs tmpfs root/run
 mkdir -p root/run/sshd root/run/cloud
-mount --bind "$ROOT/sock" root/run/cloud
+mount --bind "$SOCK" root/run/cloud
 mount -t tmpfs -o mode=1777 tmpfs root/tmp
 NAME=ip-${IP//./-}
 hostname "$NAME"
 printf '127.0.0.1 localhost\n%s %s\n' "$IP" "$NAME" > root/etc/hosts
 printf '%s\n' "$KEYS" > root/home/ubuntu/.ssh/authorized_keys
+ln -sfn "$CHECKOUT/.venv" root/home/ubuntu/casallm-venv  # the image may have served another checkout
 chroot root chown -R ubuntu: /home/ubuntu/.ssh
 ip link set lo up
 ip addr add 169.254.169.254/32 dev lo

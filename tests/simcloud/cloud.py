@@ -2,24 +2,25 @@
 
 `SimulatedCloud` is started by fixtures. Everything that it starts carries its folder in its
 environment and is ended by that mark; nothing in it contacts an address outside this machine.
+Several may run at once: each has its own ports, home, account and nodes' network.
 """
 
 import contextlib
 import os
+import random
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tests.simcloud import nodes
+from tests.simcloud import nodes, ownership
 from tests.simcloud.catalog import install_catalog
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -55,12 +56,19 @@ def missing_for_nodes() -> str | None:
 class SimulatedCloud:
     """One AWS account with nothing in it, and a home folder whose SkyPilot uses it."""
 
-    def __init__(self, folder: Path, *, has_nodes: bool, **extra: str) -> None:
-        self._extra = extra
-        self.folder = folder
-        self.home = folder / "home"
-        self.has_nodes = has_nodes
+    def __init__(
+        self, *, has_nodes: bool = False, has_spot: bool = False, is_bare: bool = False
+    ) -> None:
+        """With machines that can be entered; with managed jobs; with machines that need no setup.
+
+        Managed jobs are watched by SkyPilot's server itself, as its consolidation mode has it;
+        without them SkyPilot says, as it does to most, that it has no controller.
+        """
+        self.folder = ownership.claim()
+        self.home = self.folder / "home"
+        self.has_nodes, self.has_spot, self.is_bare = has_nodes, has_spot, is_bare
         self.endpoint = f"http://127.0.0.1:{_free_port()}"
+        self.server_port = _free_server_port()
         self.image_root = Path(
             os.environ.get("SIMCLOUD_ROOT", Path(tempfile.gettempdir()) / "casallm-simcloud")
         )
@@ -69,11 +77,12 @@ class SimulatedCloud:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs to live in this cloud; AWS keys are made up."""
-        kept = ("LANG", "TMPDIR", "SSL_CERT_FILE", "TIKTOKEN_CACHE_DIR", "CASALLM_SHARED_DATA")
+        kept = ("LANG", "SSL_CERT_FILE", "TIKTOKEN_CACHE_DIR", "CASALLM_SHARED_DATA")
         return {
             **{name: os.environ[name] for name in kept if name in os.environ},
             "HOME": str(self.home),
-            "USER": "tester",
+            "USER": f"tester{self.server_port}",  # SkyPilot's ssh sockets are named after it
+            "TMPDIR": str(self.folder / "tmp"),
             "PATH": f"{BIN}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": f"{HERE / 'shim'}:{CHECKOUT}",
             "AWS_ENDPOINT_URL": self.endpoint,
@@ -81,9 +90,12 @@ class SimulatedCloud:
             "AWS_SECRET_ACCESS_KEY": "test",
             "AWS_DEFAULT_REGION": "us-east-1",
             "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+            "SKYPILOT_API_SERVER_LOCAL_PORT": str(self.server_port),
             "SIMCLOUD_ROOT": str(self.image_root),
-            "SIMCLOUD_MARK": str(self.folder),
-            **self._extra,
+            ownership.MARK: str(self.folder),
+            **({} if self.has_nodes else {"SIMCLOUD_NO_NODES": "1"}),
+            **({"SIMCLOUD_SKIP_BRINGUP": "1"} if self.is_bare else {}),
+            **({} if self.has_nodes or self.is_bare else {"SIMCLOUD_SKIP_DAEMONS": "1"}),
         }
 
     def start(self) -> None:
@@ -91,6 +103,10 @@ class SimulatedCloud:
         if self.has_nodes:
             build = [str(HERE / "build_image.sh"), str(self.image_root), str(CHECKOUT)]
             subprocess.run(build, check=True, stdin=subprocess.DEVNULL)
+            place = self.image_root / "clouds" / self.folder.name
+            place.mkdir(parents=True)
+            (self.folder / "nodes").symlink_to(place)
+        (self.folder / "tmp").mkdir()
         install_catalog(self.home)
         self._configure()
         moto = {
@@ -98,33 +114,25 @@ class SimulatedCloud:
             "MOTO_AMIS_PATH": str(HERE / "amis.json"),
         }
         port = self.endpoint.rpartition(":")[2]
-        self._spawn([str(BIN / "moto_server"), "-H", "127.0.0.1", "-p", port], moto)
+        self._spawn("account", ["-H", "127.0.0.1", "-p", port], moto)
         wait_until(self._answers, seconds=60, what="moto to answer")
         _furnish(self)
         if self.has_nodes:
-            self._spawn([sys.executable, str(HERE / "nodes.py"), "serve"], {})
+            self._spawn("nodes", ["serve"], {})
 
     def stop(self) -> None:
         """End everything that was started, SkyPilot's servers and their workers included."""
-        sessions = {_session(pid) for pid in self.processes()} - {_session(os.getpid()), 0}
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.sky("api", "stop", timeout=60, check=False)
         for process in reversed(self._processes):
             process.terminate()
+        for process in self._processes:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(20)
-        for pid, _ in _environments():  # a worker renames itself and loses the mark
-            with contextlib.suppress(ProcessLookupError):
-                if _session(pid) in sessions:
-                    os.kill(pid, signal.SIGKILL)
-        for pid in self.processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        ownership.clear(self.folder)
 
-    def processes(self) -> list[int]:
-        """Every process on this machine (nodes excepted) that belongs to this simulation."""
-        mark = f"SIMCLOUD_MARK={self.folder}".encode()
-        return [pid for pid, environ in _environments() if mark in environ.split(b"\0")]
+    def start_server(self) -> None:
+        """Start SkyPilot's API server and let it find out which clouds there are."""
+        self.sky("api", "start", timeout=300)
+        self.sky("check", "aws", timeout=600)
 
     def run(
         self, command: list[str], *, timeout: float = 120, check: bool = True, **extra: str
@@ -160,21 +168,37 @@ class SimulatedCloud:
 
     def on_node(self, instance_id: str, script: str) -> str:
         """The output of a shell script that runs as root on the node behind an instance."""
-        pid = (self.image_root / "run" / instance_id / "pid").read_text().split()[0]
+        pid = (self.folder / "nodes" / "run" / instance_id / "pid").read_text().split()[0]
         enter = ["nsenter", "-t", pid, "-m", "-p", "--root", "--wd=/"]
         return self.run([*enter, "sh", "-c", script], timeout=300, check=False).stdout
 
     def client(self, service: str, region: str = "us-east-1") -> Any:
-        """A boto3 client of this cloud."""
+        """A boto3 client of this cloud, whatever profile the person who tests has chosen."""
         import boto3
+        from botocore.session import Session
 
-        return boto3.client(
+        core = Session({"profile": (None, None, None, None)})
+        core.set_config_variable("config_file", os.devnull)
+        return boto3.Session(botocore_session=core).client(
             service,
             region_name=region,
             endpoint_url=self.endpoint,
             aws_access_key_id="test",
             aws_secret_access_key="test",
         )
+
+    def sell_out(self) -> None:
+        """Let EC2 have no machine for anybody, until `restock`."""
+        (self.folder / "sold-out").touch()
+
+    def restock(self) -> None:
+        """Let EC2 have machines again."""
+        (self.folder / "sold-out").unlink()
+
+    def refusals(self) -> int:
+        """How often EC2 has said that it is sold out."""
+        path = self.folder / "refusals"
+        return len(path.read_text().splitlines()) if path.exists() else 0
 
     def live_instances(self) -> list[str]:
         """The ids of the instances that are not terminated, in all regions."""
@@ -197,7 +221,9 @@ class SimulatedCloud:
         ]
 
     def _configure(self) -> None:
-        config: dict[str, Any] = {"jobs": {"controller": {"consolidation_mode": True}}}
+        config: dict[str, Any] = {}
+        if self.has_spot:
+            config["jobs"] = {"controller": {"consolidation_mode": True}}
         if self.has_nodes:
             proxy = f"{sys.executable} {HERE / 'nodes.py'} proxy %h"
             config["aws"] = {"ssh_proxy_command": proxy}
@@ -205,11 +231,11 @@ class SimulatedCloud:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(config))
 
-    def _spawn(self, command: list[str], extra: dict[str, str]) -> None:
-        log = (self.folder / f"{Path(command[-2]).name}-{len(self._processes)}.log").open("w")
+    def _spawn(self, name: str, words: list[str], extra: dict[str, str]) -> None:
+        log = (self.folder / f"{name}.log").open("w")
         self._processes.append(
             subprocess.Popen(
-                command,
+                [sys.executable, str(HERE / f"{name}.py"), *words],
                 env={**self.environment, **extra},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -263,16 +289,17 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _session(pid: int) -> int:
-    """The session that the process belongs to; 0 if it is gone."""
-    try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return 0
+def _free_server_port() -> int:
+    """A port for SkyPilot's API server, below those that outgoing connections take.
+
+    Its queue has another, which follows from it (`sky.server.requests.queues.mp_queue`).
+    """
+    while True:
+        port = random.SystemRandom().randrange(20000, 30000)
+        if _is_free(port) and _is_free(50000 + (11 + port - 46580) % 10000):
+            return port
 
 
-def _environments() -> Iterator[tuple[int, bytes]]:
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):
-                yield int(folder.name), (folder / "environ").read_bytes()
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) != 0

@@ -5,11 +5,11 @@ import pytest
 from tests.simcloud.cloud import SimulatedCloud, missing_for_nodes, missing_for_skypilot
 
 
-def _started(tmp_path_factory, *, has_nodes: bool, **extra: str):
-    reason = missing_for_nodes() if has_nodes else missing_for_skypilot()
+def _started(**features: bool):
+    reason = missing_for_nodes() if features.get("has_nodes") else missing_for_skypilot()
     if reason:
         pytest.skip(reason)
-    cloud = SimulatedCloud(tmp_path_factory.mktemp("cloud"), has_nodes=has_nodes, **extra)
+    cloud = SimulatedCloud(**features)
     try:
         cloud.start()
         yield cloud
@@ -18,20 +18,29 @@ def _started(tmp_path_factory, *, has_nodes: bool, **extra: str):
 
 
 @pytest.fixture(scope="module")
-def control_plane(tmp_path_factory):
+def control_plane():
     """SkyPilot and moto's AWS: machines can be chosen and rented, but not entered."""
-    yield from _started(tmp_path_factory, has_nodes=False)
+    yield from _started()
 
 
 @pytest.fixture(scope="module")
-def bare_machines(tmp_path_factory):
+def bare_machines():
     """The same, with machines that count as set up as soon as EC2 says that they run."""
-    yield from _started(tmp_path_factory, has_nodes=False, SIMCLOUD_SKIP_BRINGUP="1")
+    if not os.environ.get("CASALLM_E2E"):
+        pytest.skip("takes minutes: `make e2e` runs it")
+    yield from _started(is_bare=True)
 
 
 @pytest.fixture(scope="module")
-def cloud(tmp_path_factory):
+def cloud():
     """SkyPilot, moto's AWS, and a little Linux machine behind every instance."""
     if not os.environ.get("CASALLM_E2E"):
         pytest.skip("whole runs in the simulated cloud take minutes each: `make e2e` runs them")
-    yield from _started(tmp_path_factory, has_nodes=True)
+    yield from _started(has_nodes=True, has_spot=True)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tell what the tests of this folder have measured."""
+    for report in terminalreporter.stats.get("passed", []):
+        for name, value in report.user_properties if report.when == "call" else ():
+            terminalreporter.write_line(f"{name}: {value}")

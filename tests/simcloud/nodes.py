@@ -12,8 +12,8 @@ over this machine's (the image layer is made by build_image.sh). It reaches noth
 and the other nodes. `serve` is the parent of the nodes and the proxy only copies bytes, because
 SkyPilot's API server kills every process that it saw below an ssh client which has ended.
 
-Environment: SIMCLOUD_ROOT, AWS_ENDPOINT_URL. Uses the standard library only: the proxy runs for
-every ssh connection.
+Environment: SIMCLOUD_ROOT, SIMCLOUD_MARK, AWS_ENDPOINT_URL. Uses the standard library only: the
+proxy runs for every ssh connection.
 """
 
 import base64
@@ -49,8 +49,13 @@ class Instance:
 
 
 def root() -> Path:
-    """The folder of the simulation: image, nodes, log, sockets."""
+    """The folder of the image, which all clouds on this machine share."""
     return Path(os.environ["SIMCLOUD_ROOT"])
+
+
+def place() -> Path:
+    """The folder of this cloud's nodes, their log and their sockets, beside the image."""
+    return (Path(os.environ["SIMCLOUD_MARK"]) / "nodes").resolve()
 
 
 def endpoint() -> str:
@@ -65,7 +70,7 @@ def network() -> str:
 
 def log(*words: object) -> None:
     """One line in the simulation's log."""
-    with (root() / "nodes.log").open("a") as file:
+    with (place() / "nodes.log").open("a") as file:
         print(time.strftime("%H:%M:%S"), *words, file=file)
 
 
@@ -105,7 +110,7 @@ def instances() -> list[Instance]:
 def node_pid(instance_id: str) -> int | None:
     """The pid of the node's init on this host; its start time guards against a pid used again."""
     try:
-        pid, start = (root() / "run" / instance_id / "pid").read_text().split()
+        pid, start = (place() / "run" / instance_id / "pid").read_text().split()
         return int(pid) if _started(pid) == start else None
     except (OSError, ValueError):
         return None
@@ -113,12 +118,14 @@ def node_pid(instance_id: str) -> int | None:
 
 def boot(instance: Instance) -> None:
     """Start the node of `instance` and plug it into the bridge."""
-    began, folder = time.monotonic(), root() / "run" / instance.id
+    began, folder = time.monotonic(), place() / "run" / instance.id
     folder.mkdir(parents=True, exist_ok=True)
     environment = {
         **os.environ,
         "NODE": str(folder),
         "ROOT": str(root()),
+        "SOCK": str(place() / "sock"),
+        "CHECKOUT": str(HERE.parents[1]),
         "IP": instance.private_ip,
         "ENDPOINT": endpoint(),
         "REGION": instance.region,
@@ -170,7 +177,7 @@ def notice(instance_id: str, seconds: float) -> None:
 
 def proxy(address: str) -> None:
     """Become the connection to the node's sshd; asks the disk only, it runs all the time."""
-    for file in (root() / "run").glob("*/addresses"):
+    for file in (place() / "run").glob("*/addresses"):
         pid = node_pid(file.parent.name) if address in file.read_text().split() else None
         if pid:
             target = "TCP:127.0.0.1:22,retry=50,interval=0.1"
@@ -181,14 +188,16 @@ def proxy(address: str) -> None:
 
 def serve(period: float = 0.5) -> None:
     """Keep the nodes as moto says they are, until SIGTERM."""
-    run = root() / "run"
-    (root() / "sock").mkdir(exist_ok=True)
+    run = place() / "run"
+    (place() / "sock").mkdir(exist_ok=True)
     run.mkdir(exist_ok=True)
+    (Path(os.environ["SIMCLOUD_MARK"]) / "network").write_text(network())
+    _shell(f"ip netns del {network()}")  # the port, and so the name, may have been another's
     _shell(
         f"ip netns add {network()} && ip -n {network()} link add br0 type bridge"
         f" && ip -n {network()} link set br0 up"
     )
-    socket = root() / "sock" / "aws.sock"
+    socket = place() / "sock" / "aws.sock"
     socket.unlink(missing_ok=True)
     relay = subprocess.Popen(
         ["socat", f"UNIX-LISTEN:{socket},mode=777,fork", f"TCP:{endpoint().partition('//')[2]}"]

@@ -3,8 +3,11 @@
 On PYTHONPATH of the API server and of everything it starts. Before a managed job is recovered,
 its controller asks two public addresses whether the network is up, and waits for ever when they
 do not answer: here it asks the simulated cloud instead. Two processes that watch managed jobs do
-instead of the dozen that a computer's memory would hold. With SIMCLOUD_SKIP_BRINGUP set, machines
-count as ready as soon as EC2 says that they run: nothing is sent to them.
+instead of the dozen that a computer's memory would hold. A client waits a minute for a server that
+is busy, not 7.5 seconds, before it takes it for dead and tries to start another in its place. With
+SIMCLOUD_SKIP_BRINGUP set, machines count as ready as soon as EC2 says that they run: nothing is
+sent to them. With SIMCLOUD_NO_NODES, rsync need not be installed: nothing is copied anywhere. With
+SIMCLOUD_SKIP_DAEMONS the server does not look after clusters by itself.
 """
 
 import importlib.abc
@@ -13,12 +16,23 @@ import os
 import sys
 
 
-def _patch_network_check(module):
+def _patch_backend(module):
     module._TEST_IP_LIST = [os.environ["AWS_ENDPOINT_URL"]]
+    if os.environ.get("SIMCLOUD_NO_NODES"):
+        module.check_rsync_installed = lambda: None
 
 
 def _patch_controllers(module):
     module.MAX_CONTROLLERS = 2
+
+
+def _patch_patience(module):
+    module.RETRY_COUNT_ON_TIMEOUT = 24
+    module.WAIT_APISERVER_START_TIMEOUT_SEC = 300
+
+
+def _patch_daemons(module):
+    module.INTERNAL_REQUEST_DAEMONS.clear()
 
 
 def _patch_bringup(module):
@@ -40,9 +54,12 @@ _READY = ("runtime_setup_done", "workdir_synced", "file_mounts_synced", "setup_d
 _ABSENT = ("has_ray", "has_skylet", "has_job_queue", "ssh_available")
 
 PATCHES = {
-    "sky.backends.backend_utils": _patch_network_check,
+    "sky.backends.backend_utils": _patch_backend,
     "sky.utils.controller_utils": _patch_controllers,
+    "sky.server.common": _patch_patience,
 }
+if os.environ.get("SIMCLOUD_SKIP_DAEMONS"):
+    PATCHES["sky.server.daemons"] = _patch_daemons
 if os.environ.get("SIMCLOUD_SKIP_BRINGUP"):
     PATCHES["sky.provision.aws.instance"] = _patch_bringup
 
