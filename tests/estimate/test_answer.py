@@ -40,14 +40,14 @@ SPREAD = Spread(system=0.14, skew=1.5, chip=0.2, layout=0.07, doubling=0.02, mea
 
 WIDE = """\
 344M parameters on 10B tokens (29.1 a parameter, context 2,048): 2.67e+19 FLOP
-Recommended: aws p4d.24xlarge spot in us-east-1, $43.96 ($33.66 to $58.54) and 7.8 h; it is the
+Recommended: aws p4d.24xlarge spot in us-east-1, $43.96 ($31.87 to $66.47) and 7.8 h; it is the
 cheapest of 4 offers that end within a week; without preemptions lambda gpu_1x_a100 costs $94.96.
 
   machine                    where    $/h  tokens/s  MFU           hours           dollars
-> aws p4d.24xlarge spot  us-east-1   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($34-$59)
+> aws p4d.24xlarge spot  us-east-1   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($32-$66)
   lambda gpu_1x_a100     us-east-1   1.99       62K  53%      45 (35-58)    $95 ($75-$119)
   aws p4d.24xlarge       us-east-1  21.96      487K  52%   5.9 (4.6-7.5)  $132 ($104-$167)
-  aws p3.2xlarge spot    us-east-1   0.48     17.1K  36%   220 (138-390)   $136 ($88-$209)
+  aws p3.2xlarge spot    us-east-1   0.48     17.1K  36%   220 (138-390)   $136 ($86-$220)
   aws p5.48xlarge        us-east-1  55.04     1.11M  37%   2.7 (2.1-3.4)  $150 ($119-$188)
   aws p3.2xlarge         us-east-1   3.06     17.1K  36%   164 (110-243)  $511 ($342-$754)
 
@@ -61,15 +61,15 @@ Prices: test prices of 2026-11-22 (3 days old).
 
 NARROW = """\
 344M parameters on 10B tokens (29.1 a parameter, context 2,048): 2.67e+19 FLOP
-Recommended: aws p4d.24xlarge spot in us-east-1, $43.96 ($33.66 to $58.54) and
+Recommended: aws p4d.24xlarge spot in us-east-1, $43.96 ($31.87 to $66.47) and
 7.8 h; it is the cheapest of 4 offers that end within a week; without
 preemptions lambda gpu_1x_a100 costs $94.96.
 
   machine                  $/h  tokens/s  MFU           hours           dollars
-> aws p4d.24xlarge spot   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($34-$59)
+> aws p4d.24xlarge spot   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($32-$66)
   lambda gpu_1x_a100      1.99       62K  53%      45 (35-58)    $95 ($75-$119)
   aws p4d.24xlarge       21.96      487K  52%   5.9 (4.6-7.5)  $132 ($104-$167)
-  aws p3.2xlarge spot     0.48     17.1K  36%   220 (138-390)   $136 ($88-$209)
+  aws p3.2xlarge spot     0.48     17.1K  36%   220 (138-390)   $136 ($86-$220)
   aws p5.48xlarge        55.04     1.11M  37%   2.7 (2.1-3.4)  $150 ($119-$188)
   aws p3.2xlarge          3.06     17.1K  36%   164 (110-243)  $511 ($342-$754)
 
@@ -119,10 +119,10 @@ Bill
   requests                0.06  12017 PUTs x $0.000005: 69 a checkpoint (S3)
   controller              1.54  8.0038 h x $0.192/h: SkyPilot's controller (m6i.xlarge), 10 idle min
           included
-  total                  43.96  $33.66 to $58.54
+  total                  43.96  $31.87 to $66.47
 Range     of 2,001 seeded draws, eight of ten: the rate 381K to 623K tokens/s; within a factor of
-          the middle the startup 1.57, the time between preemptions 2.45, the waiting 2.45, the spot
-          price 1.17
+          the middle the startup 1.57, the time between preemptions 2.45, the waiting 2.45, a lower
+          spot price 1.17, a higher one 1.53
 """
 
 
