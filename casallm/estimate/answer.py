@@ -91,7 +91,10 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
             f"make pretrain CLOUD=aws looks in US regions: add REGION={offer.region} for this one."
         )
     if estimate.too_small:
-        found.append(f"{estimate.too_small} offers are left out: the model does not fit them.")
+        kind = " or they have no fp8" if estimate.request.wishes.precision == "fp8" else ""
+        found.append(
+            f"{estimate.too_small} offers are left out: the model does not fit them{kind}."
+        )
     found.append(_price_age(estimate, today or datetime.datetime.now(datetime.UTC).date()))
     return found
 

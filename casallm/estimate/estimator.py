@@ -92,11 +92,6 @@ class OfferEstimate:
         """Model FLOPs utilisation in steady state, standard convention."""
         return throughput.mfu(self.job.rate.p50, self.job.setup)
 
-    @property
-    def is_ddp(self) -> bool:
-        """Whether every GPU holds the whole model, which casallm's trainer needs."""
-        return self.job.setup.sharding == "ddp"
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -161,8 +156,11 @@ def estimate(request: EstimateRequest) -> Estimate:
 def _check(request: EstimateRequest) -> None:
     if request.usd_per_gpu_hour is not None and request.hardware is None:
         raise ConfigError("--price-per-gpu-hour needs the machine: add --gpu A100-80GB:8")
-    if request.measured_tokens_per_second is not None and request.hardware is None:
-        raise ConfigError("a measured rate belongs to one machine: add --gpu, as in --gpu A100:8")
+    is_one_machine = request.hardware is not None and request.n_gpus is not None
+    if request.measured_tokens_per_second is not None and not is_one_machine:
+        raise ConfigError(
+            "a measured rate belongs to one machine: add --gpu with its count, as in --gpu A100:8"
+        )
     if request.context_length < 1:
         raise ConfigError(
             f"the context is {request.context_length} tokens, but must be positive: try"

@@ -247,6 +247,8 @@ def _only(offers: list[Offer], field: str, wanted: str, known: set[str]) -> list
     matching = [offer for offer in offers if getattr(offer, field).lower() == wanted.lower()]
     if not matching:
         hint = nearest(wanted, known) or f" (known: {', '.join(sorted(known))})"
+        if not hint.endswith("?"):
+            hint += ": take one of them, or give a price with --price-per-gpu-hour"
         raise ConfigError(f"no GPU price is known for {field} {wanted!r}{hint}")
     return matching
 

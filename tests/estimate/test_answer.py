@@ -299,6 +299,17 @@ def test_what_casallms_own_trainer_lacks_is_said(name, context_length, wishes, l
     assert not any("own trainer" in n for n in notes(estimate(replace(request, is_own=False))))
 
 
+def test_machines_without_fp8_are_not_called_too_small(few_prices):
+    request = EstimateRequest(
+        config=NAMED_SIZES["350m"], prices=few_prices, wishes=Wishes(precision="fp8")
+    )
+
+    assert any(
+        note.endswith("offers are left out: the model does not fit them or they have no fp8.")
+        for note in notes(estimate(request))
+    )
+
+
 def test_a_region_in_which_the_launcher_does_not_look_is_said():
     def told(region: str | None) -> list[str]:
         request = EstimateRequest(

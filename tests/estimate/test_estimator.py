@@ -69,7 +69,7 @@ def test_offers_that_do_not_hold_the_model_are_counted(few_prices):
     answer = ask("1.3b", few_prices)
 
     assert answer.too_small == 2
-    assert all(each.is_ddp for each in answer.offers)
+    assert all(each.job.setup.sharding == "ddp" for each in answer.offers)
 
 
 def test_a_machine_with_its_price_needs_no_list():
@@ -210,10 +210,14 @@ def test_no_size_of_the_grid_beats_the_one_found(few_prices):
         ({"tokens": 10**14}, "more than there are"),
         ({"usd_per_gpu_hour": 2.0}, "needs the machine"),
         ({"measured_tokens_per_second": 5.0}, "belongs to one machine"),
+        ({"measured_tokens_per_second": 5.0, "hardware": GPUS["A100"]}, "with its count"),
         ({"context_length": 0}, "must be positive"),
         ({"n_nodes": 0}, "0 nodes train nothing"),
         ({"config": None, "budget_usd": 9.0, "tokens": 10**9}, "finds the tokens itself"),
-        ({"hardware": GPUS["A100"], "measured_tokens_per_second": 1e9}, "times the peak of"),
+        (
+            {"hardware": GPUS["A100"], "n_gpus": 8, "measured_tokens_per_second": 1e9},
+            "times the peak of",
+        ),
         ({"cloud": "azur"}, "cloud 'azur'"),
         ({"cloud": "lambda", "is_spot": True}, "no spot price is known"),
         ({"config": NAMED_SIZES["175b"]}, "does not fit"),
