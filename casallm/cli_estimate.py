@@ -62,27 +62,24 @@ def estimate_command(
 
     config, usual_tokens, usual_context = _model(params, preset, shape)
     hardware, n_gpus = _machine(gpu, is_priced=price_per_gpu_hour is not None)
-    budget_usd = _maybe(parse_usd, budget, "--budget")
-    answer = estimate(
-        EstimateRequest(
-            config=config,
-            tokens=_maybe(parse_count, tokens, "--tokens") or (None if budget else usual_tokens),
-            context_length=usual_context if context is None else context,
-            hardware=hardware,
-            n_gpus=n_gpus,
-            n_nodes=nodes,
-            cloud=cloud,
-            region=region,
-            is_spot=spot,
-            budget_usd=budget_usd,
-            deadline_hours=_maybe(parse_hours, deadline, "--deadline"),
-            usd_per_gpu_hour=_maybe(parse_usd, price_per_gpu_hour, "--price-per-gpu-hour"),
-            measured_tokens_per_second=measured_tokens_per_second,
-            is_own=shape is None,
-            wishes=_wishes(stack, precision, recompute, micro_batch),
-        )
+    request = EstimateRequest(
+        config=config,
+        tokens=_maybe(parse_count, tokens, "--tokens") or (None if budget else usual_tokens),
+        context_length=usual_context if context is None else context,
+        hardware=hardware,
+        n_gpus=n_gpus,
+        n_nodes=nodes,
+        cloud=cloud,
+        region=region,
+        is_spot=spot,
+        budget_usd=_maybe(parse_usd, budget, "--budget"),
+        deadline_hours=_maybe(parse_hours, deadline, "--deadline"),
+        usd_per_gpu_hour=_maybe(parse_usd, price_per_gpu_hour, "--price-per-gpu-hour"),
+        measured_tokens_per_second=measured_tokens_per_second,
+        is_own=shape is None,
+        wishes=_wishes(stack, precision, recompute, micro_batch),
     )
-    _show(answer, explain=explain, as_json=as_json, plot=plot)
+    _show(estimate(request), explain=explain, as_json=as_json, plot=plot)
 
 
 def parse_shape(text: str) -> "ModelConfig":

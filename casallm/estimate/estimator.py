@@ -300,7 +300,8 @@ def _rank(
     else:
         best, reason = _too_slow(by_usd, limit, has_deadline=request.deadline_hours is not None)
     if request.budget_usd is not None and best.bill.usd.p90 > request.budget_usd:
-        reason += f"; it may cost more than the budget of {format_usd(request.budget_usd)}"
+        costs = "costs" if best.bill.usd.p10 > request.budget_usd else "may cost"
+        reason += f"; it {costs} more than the budget of {format_usd(request.budget_usd)}"
     return [best, *(each for each in by_usd if each is not best)], reason
 
 
@@ -313,7 +314,7 @@ def _too_slow(
         return fastest, f"{_ASKED_FOR}, but may take more than {_duration(limit)}"
     unsure = f"no offer surely ends within {_duration(limit)}"
     if has_deadline:
-        ends = f"nine of ten such runs end within {fastest.bill.hours.p90:.0f} h"
+        ends = f"nine of ten such runs end within {fastest.bill.hours.p90:.1f} h; add --nodes"
         return fastest, f"{unsure}: this is the fastest, {ends}"
     slowest = _TOLERANCE * fastest.bill.hours.p50
     best = next(each for each in by_usd if each.bill.hours.p50 <= slowest)

@@ -49,7 +49,16 @@ def test_when_nothing_is_fast_enough_the_fastest_is_named(few_prices):
     answer = ask("350m", few_prices, deadline_hours=0.5, tokens=10**10)
 
     assert answer.offers[0].name == "aws p5.48xlarge"
-    assert answer.reason.startswith("no offer surely ends within")
+    assert answer.reason.startswith("no offer surely ends within 30 min: this is the fastest")
+    assert answer.reason.endswith("h; add --nodes")
+
+
+def test_a_budget_that_the_run_exceeds_is_said(few_prices):
+    answer = ask("350m", few_prices, tokens=10**10, budget_usd=20)
+    near = ask("350m", few_prices, tokens=10**10, budget_usd=answer.offers[0].bill.usd.p50)
+
+    assert answer.reason.endswith("; it costs more than the budget of $20.00")
+    assert "; it may cost more than the budget" in near.reason
 
 
 def test_without_a_deadline_a_long_run_need_not_be_the_dearest(few_prices):
