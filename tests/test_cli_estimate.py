@@ -165,7 +165,7 @@ def test_a_plot_is_written_where_it_is_asked_for(tmp_path: Path):
         (["--params", "1B", "--recompute", "half"], r"known: none, selective, full"),
         (
             ["--budget", "100", "--deadline", "5m"],
-            r"no model is trained within 5 min: .*add --dead",
+            r"no model is trained within 5min: .*add --deadline",
         ),
         (["--budget", "-5"], "is not an amount of money: write it as 100"),
         ([*PRICED, "0"], "'0' is not an amount of money"),

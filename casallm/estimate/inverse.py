@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NoReturn
 
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params, shape_for_params
@@ -78,7 +79,8 @@ def best_model(
 ) -> BestModel:
     """The lowest expected loss within budget and deadline; of one size only if `config` is given.
 
-    ConfigError says what budget or deadline the smallest model needs where these buy none.
+    ConfigError says what budget or deadline the smallest model needs where these buy none, or what
+    keeps it off the largest machine where none holds it.
     """
     limits = budget_usd, deadline_hours or PATIENCE_HOURS
     offers = _undominated(candidates)
@@ -104,9 +106,7 @@ def best_model(
             if best is None or loss < best.loss:
                 best = BestModel(size, tokens, loss, replace(job, tokens=tokens))
     if best is None:
-        smallest = config or _shape(0)
-        jobs = [_job_or_none(make_job, offer, is_spot, smallest) for offer, is_spot in offers]
-        raise ConfigError(_too_little(*limits, smallest, [job for job in jobs if job]))
+        _refuse(offers, config or _shape(0), limits, make_job)
     return best
 
 
@@ -154,6 +154,10 @@ def _usd_per_flop(candidate: tuple[Offer, bool]) -> float:
     return hourly_price(*candidate) / (offer.n_gpus * offer.hardware.peak_flops)
 
 
+def _memory_bytes(candidate: tuple[Offer, bool]) -> int:
+    return candidate[0].n_gpus * candidate[0].hardware.memory_bytes
+
+
 def _typical_needs(job: Job) -> _Needs:
     """What the middle of all runs needs."""
     usd_1, hours_1 = middle_of(replace(job, tokens=10**9))
@@ -180,12 +184,24 @@ def _careful_needs(job: Job, typical: _Needs) -> _Needs:
     )
 
 
+def _refuse(
+    offers: list[tuple[Offer, bool]],
+    smallest: ModelConfig,
+    limits: tuple[float, float],
+    make_job: MakeJob,
+) -> NoReturn:
+    """Say what the smallest model would need."""
+    tried = [_job_or_none(make_job, offer, is_spot, smallest) for offer, is_spot in offers]
+    jobs = [job for job in tried if job is not None]
+    if not jobs:
+        make_job(*max(offers, key=_memory_bytes), smallest, 10**9)
+    raise ConfigError(_too_little(*limits, smallest, jobs))
+
+
 def _too_little(
     budget_usd: float, deadline_hours: float, smallest: ModelConfig, jobs: list[Job]
 ) -> str:
     """The nearest budget or deadline that buys the smallest model."""
-    if not jobs:
-        return "no machine of the price list holds the model: take a smaller one, or name a --gpu"
     tokens = _least_tokens(smallest)
     needs = [_careful_needs(job, _typical_needs(job)) for job in jobs]
     usd = [n.fixed_usd + n.usd_per_token * tokens for n in needs]
@@ -196,12 +212,16 @@ def _too_little(
     model = f"{format_count(count_params(smallest))} parameters on as many tokens"
     if not in_time:
         return (
-            f"no model is trained within {60 * deadline_hours:.0f} min: nine of ten runs of {model}"
-            f" end within {math.ceil(60 * min(hours))} min; add --deadline"
-            f" {math.ceil(60 * min(hours))}min"
+            f"no model is trained within {_duration(deadline_hours)}: nine of ten runs of {model}"
+            f" end within {_duration(min(hours))}; add --deadline {_duration(min(hours))}"
         )
     least = math.ceil(100 * min(in_time)) / 100
     return (
         f"a budget of {format_usd(budget_usd)} buys no model: {format_usd(least)} trains {model},"
         f" nine times in ten; add --budget {least:.2f}"
     )
+
+
+def _duration(hours: float) -> str:
+    """As --deadline takes it, rounded up."""
+    return f"{math.ceil(60 * hours)}min" if hours < 3 else f"{math.ceil(hours)}h"

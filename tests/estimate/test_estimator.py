@@ -165,7 +165,7 @@ def test_the_least_deadline_is_enough_and_no_less_is(few_prices):
     def spend(minutes: float) -> Estimate:
         return ask(None, few_prices, budget_usd=100, deadline_hours=minutes / 60)
 
-    with pytest.raises(ConfigError, match="no model is trained within 5 min: nine") as caught:
+    with pytest.raises(ConfigError, match="no model is trained within 5min: nine") as caught:
         spend(5)
     least = int(str(caught.value).rsplit(" ", 1)[1].removesuffix("min"))
 
@@ -230,7 +230,7 @@ def test_no_size_of_the_grid_beats_the_one_found(few_prices):
         ({"cloud": "azur"}, "cloud 'azur'"),
         ({"cloud": "lambda", "is_spot": True}, "no spot price is known"),
         ({"config": NAMED_SIZES["175b"]}, "does not fit"),
-        ({"config": NAMED_SIZES["175b"], "budget_usd": 100.0}, "no machine of the price list"),
+        ({"config": NAMED_SIZES["175b"], "budget_usd": 100.0}, "does not fit a single H100"),
     ],
 )
 def test_nonsense_gets_a_sentence(few_prices, changes: dict, sentence: str):
