@@ -216,9 +216,13 @@ def test_a_classic_shape_of_another_program_may_be_untied_and_grouped():
         parse_shape(f"{text},n_kv_heads=3")
 
 
-def test_it_answers_without_torch_pandas_or_matplotlib(tmp_path: Path):
+def test_it_answers_without_torch_pandas_matplotlib_or_network(tmp_path: Path):
     code = (
-        "import sys; from casallm.cli_estimate import estimate_command\n"
+        "import sys\n"
+        "def no_network(event, _):\n"
+        "    if event.startswith('socket.'): raise OSError(event)\n"
+        "sys.addaudithook(no_network)\n"
+        "from casallm.cli_estimate import estimate_command\n"
         "estimate_command(params='1.2B')\n"
         "heavy = {'torch', 'pandas', 'matplotlib', 'sky', 'requests'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
