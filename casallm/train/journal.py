@@ -3,7 +3,8 @@
 Each attempt writes `metrics.jsonl`, `samples.jsonl` and `events.jsonl` in its own directory only.
 On a local disk a line is appended as it comes, so that a kill loses none. A bucket cannot append:
 there the lines are kept in memory and the object is written whole, once a minute and before every
-checkpoint is committed; what a kill loses lies beyond that checkpoint and is done again.
+checkpoint is committed; what a kill loses lies beyond that checkpoint and is done again. A minute
+without a line leaves an event, so that it is known until when the machine was paid for.
 """
 
 import json
@@ -16,8 +17,9 @@ from typing import Any
 
 from casallm.config import canonical_json
 from casallm.errors import StoreError, StoreNotFoundError
+from casallm.estimate.cost import usd_so_far
 from casallm.storage.store import Store
-from casallm.train.attempts import Attempt, attempt_numbers, read_chain, utc_now
+from casallm.train.attempts import Attempt, attempt_numbers, read_attempt, read_chain, utc_now
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +95,17 @@ class AttemptLog:
             else:
                 _append_to_file(self._run.local_path / self._attempt.directory / name, text)
 
+    def _count(self) -> int:
+        """Bytes of all lines so far."""
+        with self._lock:
+            return sum(map(len, self._lines.values()))
+
     def _publish_often(self, seconds: float) -> None:
+        lines = self._count()
         while not self._closed.wait(seconds):
+            if self._count() == lines:
+                self.event("alive")
+            lines = self._count()
             try:
                 self.publish()
             except StoreError as error:
@@ -125,14 +136,32 @@ def merged_samples(run: Store) -> list[Line]:
 
 
 def spent_usd(run: Store) -> float:
-    """The dollars on the last line of any attempt: lines count from the run's first start."""
+    """The dollars of all attempts, each until it was last heard of; counts are cumulative.
+
+    An attempt that died before its first step was billed as well, from its machine's boot on.
+    """
     spent = 0.0
     for number in attempt_numbers(run):
+        spent = max(spent, _usd_when_last_heard_of(run, number))
         for line in reversed(read_lines(run, number, METRICS)):
             if isinstance(line.get("usd"), int | float):
                 spent = max(spent, float(line["usd"]))
                 break
     return spent
+
+
+def _usd_when_last_heard_of(run: Store, number: int) -> float:
+    """By the events of the attempt; 0 where its price is not known."""
+    attempt = read_attempt(run, number)
+    if attempt is None:
+        return 0.0
+    try:
+        times = [line["time"] for line in (attempt.info, *read_lines(run, number, EVENTS))]
+        last = max(datetime.fromisoformat(time).timestamp() for time in times)
+        since, before = attempt.info["billed_since"], attempt.info["usd_before"]
+        return usd_so_far(last - since, attempt.info["usd_per_hour"], before)
+    except (KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def lifetimes_seconds(run: Store, before: int) -> list[float]:

@@ -115,6 +115,33 @@ def test_dollars_count_attempts_off_the_history_too(run: Store):
     assert spent_usd(run) == 3.5
 
 
+def test_an_attempt_that_died_before_its_first_step_was_paid_for_from_boot(run: Store):
+    paid = {"usd_before": 2.0, "usd_per_hour": 12.0}
+    claim(run, parent=None, billed_since=time.time() - 600, **paid)
+
+    assert spent_usd(run) == pytest.approx(2.0 + 12.0 * 600 / 3600, abs=0.01)
+
+
+def test_an_attempt_whose_price_is_unknown_costs_nothing_known(run: Store):
+    claim(run, parent=None, billed_since=time.time() - 600, usd_before=0.0, usd_per_hour=None)
+
+    assert spent_usd(run) == 0.0
+
+
+def test_a_silent_attempt_in_a_bucket_says_that_it_is_alive(tmp_path: Path):
+    run = open_store(f"memory://alive/{tmp_path.name}")
+    journal = AttemptLog(run, claim(run, parent=None), publish_every_seconds=0.01)
+
+    for _ in range(500):
+        kinds = [line["kind"] for line in read_lines(run, 1, EVENTS)]
+        if "alive" in kinds:
+            break
+        time.sleep(0.01)
+    journal.close()
+
+    assert kinds[:2] == ["start", "alive"]
+
+
 def test_lifetimes_of_past_attempts_are_read_from_their_events(tmp_path: Path):
     run = LocalStore(tmp_path)
     for number, times in enumerate((["10:00:00", "10:30:00"], ["09:00:00"], ["x"], []), start=1):
