@@ -30,7 +30,6 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "attention_compiled": (0.5, 0.2),
     "exposed": (0.5, 1.0),
     "hop_seconds": (50e-6, 1.0),
-    "fp8_gain": (1.6, 0.1),
     "recompute_share": (1.0, 0.1),
     "straggling": (0.01, 0.5),
 }
@@ -46,6 +45,8 @@ _NOISE = 0.06
 
 _BETWEEN_SYSTEMS = 0.12
 """The same of a whole system around a perfect model: kernels, versions, care, cooling."""
+
+Family = Literal["classic", "modern"]
 
 _FOUNDRY_HEADS = {768: 12, 1024: 16, 1536: 12, 2048: 16, 2560: 20, 4096: 32, 5120: 40}
 """llm-foundry's head counts by width: its table of results leaves them out."""
@@ -232,8 +233,7 @@ def _foundry_run(row: Mapping[str, str]) -> Run:
 
 
 def _other_run(row: Mapping[str, str]) -> Run:
-    config = ModelConfig(
-        family=cast(Literal["classic", "modern"], row["family"]),
+    grouped = ModelConfig(
         n_layers=int(row["n_layers"]),
         d_model=int(row["d_model"]),
         n_heads=int(row["n_heads"]),
@@ -241,6 +241,7 @@ def _other_run(row: Mapping[str, str]) -> Run:
         d_ff=int(row["d_ff"]),
         vocab_size=int(row["vocab_size"]),
     )
+    config = grouped.model_copy(update={"family": _one_of(row["family"], Family)})
     wishes = Wishes(
         stack=cast(Stack, _one_of(row["stack"], Stack)),
         precision=cast(Precision, _one_of(row["precision"], Precision)),

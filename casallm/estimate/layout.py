@@ -14,6 +14,7 @@ from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params
 from casallm.estimate.hardware import Hardware
 from casallm.estimate.memory import (
+    STATE_BYTES_PER_PARAM,
     Memory,
     Precision,
     Recompute,
@@ -31,6 +32,9 @@ MAX_MICRO_TOKENS = 65_536
 MIN_STEP_TOKENS = 16_384
 """Tokens of a GPU in an optimizer step below which people rather enlarge the global batch."""
 
+MAX_BATCH_TOKENS = 2**25
+"""But hardly beyond this: Llama 3 405B ended with 16M tokens, DeepSeek-V3 with 63M."""
+
 TIGHT = 1.15
 """Programs train models whose memory, as counted here, is this much more than a GPU has: they cut
 the loss in pieces. The tightest sharded layout may be so large where nothing else fits."""
@@ -38,12 +42,22 @@ the loss in pieces. The tightest sharded layout may be so large where nothing el
 DDP_BONUS = 1.15
 """DDP is preferred while it is at most this much slower: it is simpler, and casallm's own."""
 
-RECOMPUTES: Mapping[Sharding, tuple[Recompute, ...]] = {
-    "ddp": ("none", "selective", "full"),
-    "fsdp": ("selective", "full"),
+RECOMPUTES: Mapping[tuple[Sharding, Stack], tuple[Recompute, ...]] = {
+    ("ddp", "eager"): ("none", "selective", "full"),
+    ("ddp", "compiled"): ("none", "selective", "full"),
+    ("fsdp", "eager"): ("selective", "full"),
+    ("fsdp", "compiled"): ("selective",),
 }
 """What is weighed unless asked for. Programs that shard recompute selectively, as a rule also where
-the memory would allow not to (Korthikanti et al. 2022, arXiv 2205.05198)."""
+the memory would allow not to (Korthikanti et al. 2022, arXiv 2205.05198). Where that is not
+enough, eager programs recompute all; compiled ones, which are younger, split the model, as they
+do where its state needs more than a node."""
+
+MAX_STAGES = 8
+"""Stages of a pipeline beyond which products are split further (NVIDIA's published recipes)."""
+
+HELD_FRACTION = 0.4
+"""Share of the memory that weights and gradients of a stage may take."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +95,8 @@ def plan_layout(
     wanted = wishes or Wishes()
     _check_precision(hardware, wanted.precision)
     n_gpus = gpus_per_node * n_nodes
-    batch_tokens = wanted.batch_tokens or max(
-        default_batch_tokens(count_params(config)), n_gpus * MIN_STEP_TOKENS
-    )
+    enlarged = min(n_gpus * MIN_STEP_TOKENS, MAX_BATCH_TOKENS)
+    batch_tokens = wanted.batch_tokens or max(default_batch_tokens(count_params(config)), enlarged)
     base = Setup(
         config=config,
         context_length=context_length,
@@ -98,7 +111,11 @@ def plan_layout(
         precision=wanted.precision,
         node_bandwidth=wanted.node_bandwidth,
     )
-    layouts = list(_layouts(base, wanted)) or list(_tight_layouts(base, wanted))
+    layouts = list(_layouts(base, wanted))
+    if not layouts or _outgrows_node(base):
+        layouts += _split_layouts(base, wanted, "model")
+    layouts = layouts or list(_tight_layouts(base, wanted))
+    layouts = layouts or list(_split_layouts(base, wanted, "fsdp"))
     if not layouts:
         raise ConfigError(_nothing_fits(base, wanted))
     return max(layouts, key=_preference)
@@ -106,7 +123,7 @@ def plan_layout(
 
 def fits_ddp(setup: Setup) -> bool:
     """Whether every GPU can hold the whole model, its state and at least one sequence."""
-    return most_sequences(replace(setup, sharding="ddp")) >= 1
+    return most_sequences(replace(setup, sharding="ddp", sequence_split=1, stages=1)) >= 1
 
 
 def most_sequences(setup: Setup) -> int:
@@ -118,7 +135,8 @@ def most_sequences(setup: Setup) -> int:
         precision=setup.precision,
         recompute=setup.recompute,
         stack=setup.stack,
-        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
+        n_shards=1 if setup.sharding == "ddp" else setup.n_gpus,
+        split=setup.sequence_split,
     )
 
 
@@ -131,7 +149,8 @@ def setup_memory(setup: Setup) -> Memory:
         precision=setup.precision,
         recompute=setup.recompute,
         stack=setup.stack,
-        n_shards=setup.n_gpus if setup.sharding == "fsdp" else 1,
+        n_shards=1 if setup.sharding == "ddp" else setup.n_gpus,
+        split=setup.sequence_split,
     )
 
 
@@ -140,14 +159,49 @@ def _preference(setup: Setup) -> float:
     return rate * DDP_BONUS if setup.sharding == "ddp" else rate
 
 
+def _outgrows_node(setup: Setup) -> bool:
+    """Whether the state alone needs several nodes: then models are split as well as sharded."""
+    state = sum(STATE_BYTES_PER_PARAM.values()) * count_params(setup.config)
+    return state > setup.gpus_per_node * setup.hardware.memory_bytes
+
+
 def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
-    for sharding in (wanted.sharding,) if wanted.sharding else ("ddp", "fsdp"):
-        if sharding == "fsdp" and base.n_gpus == 1:
+    for (sharding, stack), usual in RECOMPUTES.items():
+        is_alone = sharding == "fsdp" and base.n_gpus == 1
+        if stack != base.stack or wanted.sharding not in (None, sharding) or is_alone:
             continue
-        for recompute in (wanted.recompute,) if wanted.recompute else RECOMPUTES[sharding]:
+        for recompute in (wanted.recompute,) if wanted.recompute else usual:
             setup = replace(base, sharding=sharding, recompute=recompute)
             for size in _micro_batch_sizes(setup, wanted):
                 yield replace(setup, micro_batch_size=size)
+
+
+def _split_layouts(base: Setup, wanted: Wishes, sharding: Sharding) -> Iterator[Setup]:
+    """Layouts in which as few GPUs as possible share a sequence."""
+    usual: Recompute = "none" if sharding == "model" else "full"
+    is_known = sharding == "fsdp" or base.stack == "compiled"
+    if base.n_gpus == 1 or not is_known or wanted.sharding not in (None, sharding):
+        return
+    setup = replace(base, sharding=sharding, recompute=wanted.recompute or usual)
+    splits = (2**k for k in range(base.n_gpus.bit_length()) if base.n_gpus % 2**k == 0)
+    for split in splits:
+        stages = _stages(setup, split) if sharding == "model" else 1
+        setup = replace(setup, sequence_split=split, stages=stages)
+        sizes = list(_micro_batch_sizes(setup, wanted)) if stages <= MAX_STAGES else []
+        yield from (replace(setup, micro_batch_size=size) for size in sizes)
+        if sizes:
+            return
+
+
+def _stages(setup: Setup, split: int) -> int:
+    """Stages of a pipeline over which bf16 weights and fp32 gradients are spread enough."""
+    held = 6 * count_params(setup.config) / split
+    stages = 1
+    while held / stages > HELD_FRACTION * setup.hardware.memory_bytes:
+        stages *= 2
+        if setup.n_gpus % (split * stages):
+            return MAX_STAGES + 1
+    return stages
 
 
 def _tight_layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
@@ -165,8 +219,9 @@ def _micro_batch_sizes(setup: Setup, wanted: Wishes) -> Iterator[int]:
         if wanted.micro_batch_size <= largest:
             yield wanted.micro_batch_size
         return
-    cap = min(largest, max(1, MAX_MICRO_TOKENS // setup.context_length))
-    cap = min(cap, setup.global_batch_size // setup.n_gpus)
+    split = setup.sequence_split
+    cap = min(largest, max(1, MAX_MICRO_TOKENS * split // setup.context_length))
+    cap = min(cap, max(1, setup.global_batch_size * split // setup.n_gpus))
     size = 1
     while size <= cap:
         yield size

@@ -15,7 +15,9 @@ from casallm.estimate.hardware import GIB, Hardware
 Precision = Literal["bf16", "fp8", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 Stack = Literal["compiled", "eager"]
-Sharding = Literal["ddp", "fsdp"]
+Sharding = Literal["ddp", "fsdp", "model"]
+"""Every GPU holds the model; its state is sharded and gathered block by block; or its parts stay
+where they are: tensor and pipeline parallelism."""
 
 STATE_BYTES_PER_PARAM = {"weights": 4, "gradients": 4, "optimizer": 8}
 """fp32 master weights and gradients, and AdamW's two moments."""
@@ -103,8 +105,12 @@ def training_memory(
     recompute: Recompute = "none",
     stack: Stack = "compiled",
     n_shards: int = 1,
+    split: int = 1,
 ) -> Memory:
-    """Bytes on one GPU at the peak of a step of `n_sequences`; state is split over `n_shards`."""
+    """Bytes on one GPU at the peak of a step of `n_sequences`, each shared by `split` GPUs.
+
+    State is split over `n_shards`.
+    """
     n_params = count_params(config)
     state = {name: size * n_params // n_shards for name, size in STATE_BYTES_PER_PARAM.items()}
     activations = _activation_bytes(
@@ -113,8 +119,9 @@ def training_memory(
     if n_shards > 1:
         activations -= _weight_copies(config, precision)
         activations += _weight_copies(config, precision) // min(n_shards, config.n_layers)
+    activations //= split
     wide = 4 if stack == "compiled" else 10
-    logits = n_sequences * context_length * config.padded_vocab_size * wide
+    logits = n_sequences * context_length * config.padded_vocab_size * wide // split
     used = sum(state.values()) + activations + logits
     margin = CONTEXT_BYTES + round(used * (1 / USABLE_FRACTION - 1))
     return Memory(**state, activations=activations, logits=logits, margin=margin)
@@ -129,6 +136,7 @@ def largest_micro_batch(
     recompute: Recompute = "none",
     stack: Stack = "compiled",
     n_shards: int = 1,
+    split: int = 1,
 ) -> int:
     """The most sequences that fit `hardware` in one forward and backward pass; 0 if none does."""
 
@@ -141,6 +149,7 @@ def largest_micro_batch(
             recompute=recompute,
             stack=stack,
             n_shards=n_shards,
+            split=split,
         ).total
 
     fixed, one = total(0), total(1)

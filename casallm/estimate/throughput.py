@@ -3,13 +3,13 @@
 The time of an optimizer step on one GPU is a sum of what the chip does one after the other:
 
 * matrix: the products' arithmetic at the share of the peak that large ones sustain, plus the
-  traffic of their operands. The second makes narrow models slower: with k columns to sum over,
-  it is worth `peak / bandwidth / k` of the first.
+  traffic of their operands, in fp8 with the casts. The second makes narrow models slower: with k
+  columns to sum over, it is worth `peak / bandwidth / k` of the first.
 * attention: 7 n_layers d_attn context FLOPs a token (2 forward, 5 backward with its own
-  recomputation, the masked half not done), at a rate that grows with the head's width.
+  recomputation, the masked half not done), at a rate that grows with head and context.
 * tail: norms, activations, residual additions, softmax: bytes over the memory's bandwidth.
-* communication: what the slowest link carries and does not hide behind arithmetic, and the
-  waiting of many nodes for each other.
+* communication: what the slowest link carries and does not hide behind arithmetic, the idle
+  ends of a pipeline, and the waiting of many nodes for each other.
 * optimizer: AdamW's 40 bytes a parameter.
 
 The few constants were fitted to published runs (`casallm.estimate.calibration`) and lie, with
@@ -34,6 +34,25 @@ from casallm.estimate.memory import Precision, Recompute, Sharding, Stack
 
 ACHIEVED_BANDWIDTH = 0.85
 """Share of the memory's nominal bandwidth that streaming kernels reach."""
+
+FP8_GAIN = 1.78
+"""Rate of large products in fp8 over bf16: 1,280 and 720 TFLOP/s on an H100 (SemiAnalysis,
+December 2024)."""
+
+OPERAND_BYTES = {"bf16": 6, "fp32": 6, "fp8": 10}
+"""Bytes moved for each operand of a product, forward and backward. fp8: 4, and 6 for its cast: read
+for the scale, read again, written in both orders, as its products sum along rows only."""
+
+GATHERED_BYTES = {"bf16": 6, "fp32": 6, "fp8": 4}
+"""Bytes of a sharded weight that travel in a pass: gathered twice, its gradient scattered once."""
+
+SHORT_CONTEXT = 250
+"""Context at which attention reaches half its rate: FlashAttention-2 trains at 204 TFLOP/s with 512
+tokens and at 302 with 8,192 on an H100 (Dao-AILab/flash-attention, pull request 2688)."""
+
+INTERLEAVED = 4
+"""Parts of a pipeline stage that take turns, of 1 to 12 in published recipes; each divides the time
+that its ends are idle."""
 
 LAUNCH_SECONDS = {"compiled": 0.2e-3, "eager": 0.5e-3}
 """The host's time for a block, forward and backward: a floor when the GPU's work is tiny."""
@@ -69,6 +88,10 @@ class Setup:
     sharding: Sharding = "ddp"
     node_bandwidth: float | None = None
     """Bytes a second between nodes where it is known; else the usual for the GPU."""
+    sequence_split: int = 1
+    """GPUs that share a sequence: tensor or context parallelism."""
+    stages: int = 1
+    """Of a pipeline; each has its part of the blocks."""
 
     @property
     def n_gpus(self) -> int:
@@ -77,8 +100,19 @@ class Setup:
 
     @property
     def micro_steps(self) -> float:
-        """Forward and backward passes of one GPU in an optimizer step."""
-        return max(1.0, self.global_batch_size / (self.micro_batch_size * self.n_gpus))
+        """Forward and backward passes of one GPU through the model in an optimizer step."""
+        at_once = self.micro_batch_size * self.n_gpus / self.sequence_split
+        return max(1.0, self.global_batch_size / at_once)
+
+    @property
+    def tensor_split(self) -> int:
+        """GPUs that share every product; others that share a sequence split its context."""
+        return min(self.sequence_split, self.gpus_per_node) if self.sharding == "model" else 1
+
+    @property
+    def pass_tokens(self) -> float:
+        """Tokens of one GPU in such a pass."""
+        return self.micro_batch_size * self.context_length / self.sequence_split
 
 
 @dataclass(frozen=True)
@@ -115,15 +149,14 @@ class Constants:
     tail_compiled: float
     """The same, compiled: kernels are fused."""
     attention_eager: float
-    """Share of the sustained rate that fused attention reaches on an A100 with heads of 128."""
+    """Share of the sustained rate that fused attention reaches on an A100 with heads of 128, at
+    the longest contexts."""
     attention_compiled: float
     """The same in compiled programs, which are younger and have better kernels."""
     exposed: float
     """Share of the link's time that is not hidden behind arithmetic."""
     hop_seconds: float
     """Waiting of each block's collectives for every doubling of the nodes."""
-    fp8_gain: float
-    """Speed of the blocks' products in fp8 over bf16, casts included."""
     recompute_share: float
     """Cost of a recomputed forward pass over that of the first one."""
     straggling: float
@@ -211,12 +244,12 @@ def step_time(setup: Setup, constants: Constants | None = None) -> StepTime:
     tail = tail_ratio * _tail_bytes(setup, repeated) / bandwidth
     floor = setup.config.n_layers * LAUNCH_SECONDS[setup.stack]
     idle = max(0.0, floor - matrix - attention - tail)
-    shards = setup.n_gpus if setup.sharding == "fsdp" else 1
+    shards = 1 if setup.sharding == "ddp" else setup.n_gpus
     optimizer = 40 * count_params(setup.config) / shards / bandwidth
-    tokens = setup.micro_batch_size * setup.context_length * setup.micro_steps
+    tokens = setup.pass_tokens * setup.micro_steps
     micro = setup.micro_steps
     busy = micro * (matrix + attention + tail + idle)
-    lost = known.straggling * math.log2(setup.n_nodes)
+    lost = known.straggling * math.log2(setup.n_nodes) + _bubble(setup)
     return StepTime(
         matrix=micro * matrix,
         attention=micro * attention,
@@ -268,13 +301,14 @@ def _matrix_seconds(setup: Setup, known: Constants, repeated: float) -> float:
     rate = hardware.peak_flops * hardware.sustained_fraction * known.matmul
     if setup.precision == "fp32":
         rate /= 2 if hardware.has_bf16 else 8
-    block_rate = rate * (known.fp8_gain if setup.precision == "fp8" else 1.0)
+    block_rate = rate * (FP8_GAIN if setup.precision == "fp8" else 1.0)
     bandwidth = hardware.memory_bandwidth * ACHIEVED_BANDWIDTH
-    n_tokens = setup.micro_batch_size * setup.context_length
+    n_tokens = setup.pass_tokens
     passes = 1 + repeated / 3
     seconds = 0.0
     for n_in, n_out in _matrices(config):
-        moved = 6 * (n_tokens * (n_in + n_out) + n_in * n_out)
+        values = n_tokens * (n_in + n_out) + n_in * n_out / setup.tensor_split
+        moved = OPERAND_BYTES[setup.precision] * values
         block = 6 * n_tokens * n_in * n_out / block_rate + moved / bandwidth
         seconds += config.n_layers * passes * block
     vocab = config.padded_vocab_size
@@ -284,13 +318,16 @@ def _matrix_seconds(setup: Setup, known: Constants, repeated: float) -> float:
 
 def _attention_seconds(setup: Setup, known: Constants) -> float:
     config, hardware = setup.config, setup.hardware
-    n_tokens = setup.micro_batch_size * setup.context_length
+    context = setup.context_length
     passes = {"none": 7, "selective": 7, "full": 9}[setup.recompute]
-    flops = passes * config.n_layers * config.d_model * setup.context_length * n_tokens
+    flops = passes * config.n_layers * config.d_model * context * setup.pass_tokens
     by_width = config.d_head / (config.d_head + 32) * 1.25
-    reached = known.attention_compiled if setup.stack == "compiled" else known.attention_eager
-    share = hardware.sustained_fraction * hardware.attention_fraction * reached
-    return flops / (hardware.peak_flops * share * by_width)
+    by_length = context / (context + SHORT_CONTEXT)
+    reached = known.attention_eager * hardware.attention_fraction
+    if setup.stack == "compiled":
+        reached = known.attention_compiled * hardware.compiled_attention_fraction
+    share = hardware.sustained_fraction * reached * by_width * by_length
+    return flops / (hardware.peak_flops * share)
 
 
 def _tail_bytes(setup: Setup, repeated: float) -> float:
@@ -301,24 +338,53 @@ def _tail_bytes(setup: Setup, repeated: float) -> float:
     mlp = (5 if config.family == "classic" else 8) * config.ff_width
     per_token = 2 * config.n_layers * (22 * config.d_model + mlp) * (1 + repeated / 3)
     per_token += SCORE_BYTES[setup.stack] * config.padded_vocab_size
-    return per_token * setup.micro_batch_size * setup.context_length
+    return per_token * setup.pass_tokens
 
 
 def _communication_seconds(setup: Setup, known: Constants) -> float:
-    """Of an optimizer step: DDP reduces fp32 gradients once; sharded weights travel in bf16 three
-    times a micro-step (gathered twice, gradients scattered once).
+    """Of an optimizer step: DDP reduces fp32 gradients once; sharded weights travel in every
+    micro-step; those of a parallel model stay, and its copies reduce gradients once.
     """
-    n_gpus, hardware = setup.n_gpus, setup.hardware
+    n_gpus = setup.n_gpus
     if n_gpus == 1:
         return 0.0
     n_params = count_matmul_params(setup.config)
-    between_nodes = setup.node_bandwidth or hardware.node_bandwidth
-    link = hardware.link_bandwidth
-    if setup.n_nodes > 1:
-        link = min(link, between_nodes)
-    times, volume = 1.0, 8.0
+    times, volume, copies = 1.0, 8.0, n_gpus
     if setup.sharding == "fsdp":
-        times, volume = setup.micro_steps, 6.0
-    moved = volume * n_params * (n_gpus - 1) / n_gpus
+        times, volume = setup.micro_steps, GATHERED_BYTES[setup.precision]
+    elif setup.sharding == "model":
+        parts = setup.sequence_split * setup.stages
+        copies = n_gpus // parts
+        volume *= min(1.0, setup.gpus_per_node / parts)
+    moved = volume * n_params * (copies - 1) / copies
     hops = 3 * setup.config.n_layers * math.log2(setup.n_nodes)
-    return times * (known.exposed * moved / link + known.hop_seconds * hops)
+    waiting = times * known.hop_seconds * hops
+    return known.exposed * (times * moved / _slowest_link(setup) + _exchange(setup)) + waiting
+
+
+def _slowest_link(setup: Setup) -> float:
+    link = setup.hardware.link_bandwidth
+    if setup.n_nodes == 1:
+        return link
+    return min(link, setup.node_bandwidth or setup.hardware.node_bandwidth)
+
+
+def _exchange(setup: Setup) -> float:
+    """Seconds in which GPUs that share a sequence exchange it: its activations before and after
+    attention and MLP, forward and backward, in bf16 (Korthikanti et al. 2022, arXiv 2205.05198).
+
+    Beyond a node, and where whole weights are gathered, keys and values alone go around.
+    """
+    config = setup.config
+    tensor = setup.tensor_split
+    values = 8 * (tensor - 1) * config.d_model
+    values += 6 * (setup.sequence_split // tensor - 1) * config.kv_heads * config.d_head
+    moved = 2 * values * config.n_layers * setup.pass_tokens * setup.micro_steps
+    return moved / setup.hardware.link_bandwidth
+
+
+def _bubble(setup: Setup) -> float:
+    """Share of the busy time that the ends of a pipeline wait (Narayanan et al. 2021, arXiv
+    2104.04473, section 2.2)."""
+    in_turn = setup.micro_steps * setup.stages
+    return (setup.stages - 1) / (INTERLEAVED * in_turn)

@@ -28,10 +28,9 @@ CONSTANTS = Constants(
     tail_eager=1.5,
     tail_compiled=0.6,
     attention_eager=0.4,
-    attention_compiled=0.6,
+    attention_compiled=0.6 * (1 + 250 / 2048),
     exposed=1.0,
     hop_seconds=3e-5,
-    fp8_gain=1.5,
     recompute_share=0.9,
     straggling=0.01,
 )
@@ -47,8 +46,8 @@ cheapest of 4 offers that end within a week; without preemptions lambda gpu_1x_a
 > aws p4d.24xlarge spot  us-east-1   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($32-$66)
   lambda gpu_1x_a100     us-east-1   1.99       62K  53%      45 (35-58)    $95 ($75-$119)
   aws p4d.24xlarge       us-east-1  21.96      487K  52%   5.9 (4.6-7.5)  $132 ($104-$167)
+  aws p5.48xlarge        us-east-1  55.04     1.23M  42%   2.4 (1.9-3.0)  $135 ($108-$170)
   aws p3.2xlarge spot    us-east-1   0.48     17.1K  36%   220 (138-390)   $136 ($86-$220)
-  aws p5.48xlarge        us-east-1  55.04     1.11M  37%   2.7 (2.1-3.4)  $150 ($119-$188)
   aws p3.2xlarge         us-east-1   3.06     17.1K  36%   164 (110-243)  $511 ($342-$754)
 
 Ranges hold eight of ten runs; hours count from the first boot to the end.
@@ -69,8 +68,8 @@ preemptions lambda gpu_1x_a100 costs $94.96.
 > aws p4d.24xlarge spot   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($32-$66)
   lambda gpu_1x_a100      1.99       62K  53%      45 (35-58)    $95 ($75-$119)
   aws p4d.24xlarge       21.96      487K  52%   5.9 (4.6-7.5)  $132 ($104-$167)
+  aws p5.48xlarge        55.04     1.23M  42%   2.4 (1.9-3.0)  $135 ($108-$170)
   aws p3.2xlarge spot     0.48     17.1K  36%   220 (138-390)   $136 ($86-$220)
-  aws p5.48xlarge        55.04     1.11M  37%   2.7 (2.1-3.4)  $150 ($119-$188)
   aws p3.2xlarge          3.06     17.1K  36%   164 (110-243)  $511 ($342-$754)
 
 Ranges hold eight of ten runs; hours count from the first boot to the end.

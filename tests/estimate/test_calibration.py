@@ -100,7 +100,7 @@ def test_a_system_that_was_left_out_is_predicted_too(shared_data: Path):
 
 def test_a_fit_finds_the_constants_that_made_the_data():
     runs = [replace(run, limit="") for run in others()]
-    truth = replace(calibration.start_constants(), matmul=0.97, fp8_gain=1.75)
+    truth = replace(calibration.start_constants(), matmul=0.97, attention_compiled=0.6)
     made = [
         replace(run, tokens_per_second=step_time(run.setup, truth).tokens_per_second)
         for run in runs
@@ -109,7 +109,7 @@ def test_a_fit_finds_the_constants_that_made_the_data():
     found = calibration.fit(made)
 
     assert found.matmul == pytest.approx(0.97, rel=0.03)
-    assert found.fp8_gain == pytest.approx(1.75, rel=0.03)
+    assert found.attention_compiled == pytest.approx(0.6, rel=0.05)
 
 
 def test_what_is_known_to_have_been_held_back_is_not_fitted():

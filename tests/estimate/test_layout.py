@@ -4,6 +4,7 @@ from casallm.errors import ConfigError
 from casallm.estimate.architecture import NAMED_SIZES, ModelConfig, shape_for_params
 from casallm.estimate.hardware import GPUS
 from casallm.estimate.layout import (
+    MAX_BATCH_TOKENS,
     TIGHT,
     Wishes,
     default_batch_tokens,
@@ -52,8 +53,9 @@ def test_wishes_are_obeyed():
     assert (setup.micro_batch_size, setup.recompute, setup.precision) == (6, "full", "fp8")
 
 
-def test_many_gpus_enlarge_the_batch():
+def test_many_gpus_enlarge_the_batch_up_to_what_is_used():
     assert plan("124m", "H100", n_nodes=64).global_batch_size * 2048 >= 512 * 16_384
+    assert plan("6.7b", "H100", n_nodes=512).global_batch_size * 2048 == MAX_BATCH_TOKENS
 
 
 def test_one_gpu_shards_nothing():
@@ -70,8 +72,35 @@ def test_the_tightest_sharded_layout_may_be_a_little_too_large():
 
     assert (setup.sharding, setup.recompute, setup.micro_batch_size) == ("fsdp", "full", 1)
     assert 1 < setup_memory(setup).total / GPUS["H100"].memory_bytes <= TIGHT
-    with pytest.raises(ConfigError, match="does not fit 8 x H100"):
-        plan_layout(config, 65_536, GPUS["H100"], **known)
+    with pytest.raises(ConfigError, match="does not fit 4 x H100"):
+        plan_layout(config, 8192, GPUS["H100"], gpus_per_node=4, wishes=known["wishes"])
+
+
+@pytest.mark.parametrize("stack", ["compiled", "eager"])
+def test_a_sequence_too_long_for_a_gpu_is_shared(stack: str):
+    short = plan("6.7b", "H100", context=4096, n_nodes=2, stack=stack)
+    long = plan("6.7b", "H100", context=262_144, n_nodes=2, stack=stack)
+
+    assert short.sequence_split == 1
+    assert 1 < long.sequence_split <= 16
+    assert setup_memory(long).total <= GPUS["H100"].memory_bytes
+
+
+def test_compiled_programs_split_models_that_need_several_nodes():
+    """NVIDIA trains GPT-3 on H100 with 4 GPUs to a product and 8 stages (its NeMo recipes)."""
+    compiled = plan("175b", "H100", n_nodes=16)
+    eager = plan("175b", "H100", n_nodes=16, stack="eager")
+
+    assert (compiled.sharding, compiled.recompute) == ("model", "none")
+    assert (compiled.sequence_split, compiled.stages) == (4, 8)
+    assert (eager.sharding, eager.recompute) == ("fsdp", "full")
+
+
+def test_no_layout_uses_more_gpus_than_there_are():
+    for n_nodes in (1, 2, 3, 16, 128):
+        setup = plan("13b", "A100", n_nodes=n_nodes, context=8192)
+
+        assert setup.n_gpus % (setup.sequence_split * setup.stages) == 0
 
 
 def test_a_model_too_large_for_ddp_says_what_ddp_keeps():

@@ -51,6 +51,45 @@ def test_what_ought_to_be_faster_is_faster():
     assert rate(precision="fp32") < rate()
 
 
+def test_fp8_helps_wide_models_more_and_never_twice():
+    def gain(name: str) -> float:
+        known = {"config": NAMED_SIZES[name], "hardware": GPUS["H200"], "recompute": "full"}
+        return rate(precision="fp8", **known) / rate(**known)
+
+    assert 1 < gain("350m") < gain("6.7b") < throughput.FP8_GAIN
+
+
+def test_attention_is_at_its_best_with_long_contexts_and_late_kernels():
+    def flops(**changes) -> float:
+        step = setup(config=NAMED_SIZES["1.3b"], micro_batch_size=1, **changes)
+        return step.context_length * step.micro_steps / step_time(step).attention
+
+    assert 2 * flops(context_length=65_536) > flops(context_length=32_768)
+    early, late = flops(hardware=GPUS["H100"], stack="eager"), flops(hardware=GPUS["H100"])
+    assert late / early > flops() / flops(stack="eager")
+
+
+def test_sharing_a_sequence_costs_an_exchange_and_changes_no_work():
+    whole = setup(hardware=GPUS["H100"], sharding="model", config=NAMED_SIZES["6.7b"])
+    shared = replace(whole, sequence_split=4)
+    one, four = step_time(whole), step_time(shared)
+
+    assert shared.pass_tokens * shared.micro_steps == whole.pass_tokens * whole.micro_steps
+    assert four.tokens == one.tokens
+    assert four.attention == pytest.approx(one.attention)
+    assert four.communication > one.communication
+
+
+def test_deep_pipelines_wait_and_full_batches_hide_it():
+    known = {"hardware": GPUS["H100"], "sharding": "model", "config": NAMED_SIZES["13b"]}
+    flat = rate(**known, micro_batch_size=1, sequence_split=2)
+    deep = rate(**known, micro_batch_size=1, sequence_split=2, stages=4)
+    full = rate(**known, micro_batch_size=1, sequence_split=2, stages=4, global_batch_size=4096)
+
+    assert deep < full
+    assert deep > 0.9 * flat
+
+
 def test_more_gpus_are_faster_but_not_more_than_in_proportion():
     one, eight = rate(gpus_per_node=1), rate(gpus_per_node=8)
     sixteen = rate(gpus_per_node=8, n_nodes=2)
