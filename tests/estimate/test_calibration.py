@@ -76,25 +76,40 @@ def test_sizes_contexts_and_precisions_that_were_never_fitted_are_predicted():
     assert coverage(score, runs) >= 0.8
 
 
+def free(runs: list[Run], score: Score, **known: str) -> Score:
+    """Of the figures that nothing held back; `known` narrows by fields of their setups."""
+    picked = [
+        i
+        for i, run in enumerate(runs)
+        if not run.limit and all(getattr(run.setup, k) == v for k, v in known.items())
+    ]
+    return calibration.score(np.array(score.log_errors)[picked])
+
+
 def test_other_systems_are_predicted_from_shape_and_machine_alone():
     runs = others()
     score = calibration.score(calibration.log_errors(runs, load_constants()))
-    free = [i for i, run in enumerate(runs) if not run.limit]
-    chosen = calibration.score(np.array(score.log_errors)[free])
 
-    assert chosen.median <= 0.08
+    assert len(runs) == 157
+    assert free(runs, score).median <= 0.08
     assert coverage(score, runs) >= 0.8
 
 
 @pytest.mark.slow
 def test_a_system_that_was_left_out_is_predicted_too(shared_data: Path):
+    """The bar, 7 and 18 %, holds in bf16; in fp8 programs differ too much, as the page says."""
     runs = others()
 
     score = calibration.leave_one_group_out(runs, lambda run: run.system, foundry(shared_data))
     constant = calibration.constant_mfu_errors(runs, lambda run: run.system)
 
-    assert score.median <= 0.13
-    assert score.median < constant.median
+    bf16, fp8 = free(runs, score, precision="bf16"), free(runs, score, precision="fp8")
+    assert bf16.median <= 0.07
+    assert bf16.p90 <= 0.18
+    assert fp8.median <= 0.11
+    assert fp8.p90 <= 0.30
+    assert free(runs, score).p90 <= 0.23
+    assert free(runs, score).median < free(runs, constant).median / 2
     assert coverage(score, runs) >= 0.8
 
 
