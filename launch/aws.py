@@ -8,6 +8,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
 from casallm.errors import CloudError, MissingExtraError
@@ -15,6 +16,9 @@ from casallm.errors import CloudError, MissingExtraError
 T = TypeVar("T")
 
 PARALLEL = 8
+
+CONTROLLER = "sky-jobs-controller-"
+"""How SkyPilot names the machine that watches managed jobs."""
 
 RUN_LABEL = "casallm-run"
 """The tag that says of which run a machine is."""
@@ -37,16 +41,13 @@ QUOTAS = {
     ("g", False): ("L-DB2E81BA", "Running On-Demand G and VT instances"),
 }
 
-_VCPUS = {"p4d.24xlarge": 96, "p4de.24xlarge": 96, "p5.48xlarge": 192, "p5e.48xlarge": 192}
-_VCPUS |= {"p5en.48xlarge": 192, "p5.4xlarge": 16, "p3.16xlarge": 64, "p3dn.24xlarge": 96}
-
 
 @dataclass(frozen=True)
 class Leftover:
     """Something of ours that still exists and may bill."""
 
     kind: str
-    """instance, volume, spot request or upload."""
+    """instance, volume or upload."""
     id: str
     region: str
     state: str
@@ -123,16 +124,17 @@ def quota_problem(instance: str, region: str, *, is_spot: bool, nodes: int) -> s
     """Why the account may not run these machines, in one sentence; None if it may."""
     family = instance[0] if not is_spot or instance[0] == "g" else instance[:2]
     code, name = QUOTAS.get((family, is_spot), ("", ""))
-    needed = _VCPUS.get(instance, 0) * nodes
-    if not code or not needed:
+    if not code:
         return None
     errors = _errors()
     with _explained():
-        quotas = _client("service-quotas", region)
         try:
+            quotas, ec2 = _client("service-quotas", region), _client("ec2", region)
             granted = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+            kinds = ec2.describe_instance_types(InstanceTypes=[instance])["InstanceTypes"]
         except errors.ClientError:
             return None
+    needed = sum(kind["VCpuInfo"]["DefaultVCpus"] for kind in kinds) * nodes
     if granted >= needed:
         return None
     return (
@@ -150,7 +152,7 @@ def enabled_regions() -> list[str]:
 
 
 def survey(regions: Iterable[str], labels: dict[str, str]) -> Survey:
-    """Instances, volumes and spot requests that carry all `labels`, in the regions given.
+    """Instances and volumes that carry all `labels`, in the regions given.
 
     A region that a policy closes to this user is named and does not hide the others; CloudError
     where all of them are closed.
@@ -166,8 +168,23 @@ def survey(regions: Iterable[str], labels: dict[str, str]) -> Survey:
     return Survey(tuple(sorted(found, key=str)), tuple(refused))
 
 
-def unfinished_uploads(bucket: str, prefix: str) -> list[Leftover]:
+def controllers(regions: Iterable[str]) -> dict[str, str]:
+    """The live controllers of managed jobs in the account, anybody's: name in EC2 to a phrase.
+
+    SkyPilot gives them no label; regions that are closed to this user have none.
+    """
+    names = list(regions)
+    with _explained():
+        clients = dict(zip(names, _clients("ec2", names), strict=True))
+    found = _in_parallel(lambda region: _controllers_in(region, clients[region]), names)
+    return {name: phrase for part in found for name, phrase in part.items()}
+
+
+def unfinished_uploads(
+    bucket: str, prefix: str, *, older_than: timedelta = timedelta(0)
+) -> list[Leftover]:
     """Multipart uploads below `prefix` that were begun and never ended; they bill as storage."""
+    began_before = datetime.now(UTC) - older_than
     with _explained():
         s3 = _client("s3", None)
         pages = s3.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=prefix)
@@ -175,6 +192,7 @@ def unfinished_uploads(bucket: str, prefix: str) -> list[Leftover]:
             Leftover("upload", f"{upload['Key']}#{upload['UploadId']}", bucket, "unfinished")
             for page in pages
             for upload in page.get("Uploads", [])
+            if upload["Initiated"] <= began_before
         ]
 
 
@@ -199,8 +217,6 @@ def _remove(leftover: Leftover) -> None:
     ec2 = _client("ec2", leftover.region)
     if leftover.kind == "instance":
         ec2.terminate_instances(InstanceIds=[leftover.id])
-    elif leftover.kind == "spot request":
-        ec2.cancel_spot_instance_requests(SpotInstanceRequestIds=[leftover.id])
     else:
         ec2.delete_volume(VolumeId=leftover.id)
 
@@ -231,12 +247,29 @@ def _left_in(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover]:
         for each in _all(ec2, "describe_volumes", "Volumes", filters)
         if each["State"] != "deleting"
     ]
-    live = [*filters, {"Name": "state", "Values": ["open", "active"]}]
-    found += [
-        Leftover("spot request", each["SpotInstanceRequestId"], region, each["State"])
-        for each in _all(ec2, "describe_spot_instance_requests", "SpotInstanceRequests", live)
-    ]
     return found
+
+
+def _controllers_in(region: str, ec2: Any) -> dict[str, str]:
+    errors = _errors()
+    filters = [
+        {"Name": "tag:Name", "Values": [f"{CONTROLLER}*"]},
+        {"Name": "instance-state-name", "Values": ["pending", "running"]},
+    ]
+    with _explained():
+        try:
+            reservations = list(_all(ec2, "describe_instances", "Reservations", filters))
+        except errors.ClientError as error:
+            if error.response["Error"]["Code"] not in CLOSED:
+                raise
+            return {}
+    instances = [each for reservation in reservations for each in reservation["Instances"]]
+    return {
+        tag["Value"]: f"controller {each['InstanceId']} in {region}"
+        for each in instances
+        for tag in each["Tags"]
+        if tag["Key"] == "Name"
+    }
 
 
 def _spot_run(instance: Mapping[str, Any]) -> str:

@@ -1,47 +1,48 @@
-"""SkyPilot, the engine: start a task, see what became of it, end it. The only importer of `sky`.
+"""What SkyPilot runs for us, by name: start a task, see what became of it, end it.
 
-Every call goes through SkyPilot's API server (on this computer unless configured otherwise, where
-the first call starts it) and has a time limit. Machines never get keys: they use the role that
-SkyPilot gives them, and the controller of managed jobs is deleted, not stopped, when it is idle.
+What SkyPilot does not say is an error here, and never taken for "nothing".
 """
 
 import contextlib
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
-from casallm.errors import CloudError, MissingExtraError
-from launch.sky_errors import NoControllerError, explained
+from casallm.errors import CloudError
+from launch import aws, skypilot
+from launch.sky_errors import AbsentError, NotUpError, explained
 
 log = logging.getLogger(__name__)
-
-CONFIG = (
-    "aws.remote_identity=SERVICE_ACCOUNT",
-    "jobs.controller.autostop.idle_minutes=10",
-    "jobs.controller.autostop.down=true",
-)
-"""Settings of SkyPilot that hold for everything launched here."""
 
 PREFIX = "casallm-"
 """How the names of everything launched here begin."""
 
-CONTROLLER = "sky-jobs-controller-"
-"""How SkyPilot names the machine that watches managed jobs."""
-
-POLL_SECONDS = 2.0
-CALL_SECONDS = 300.0
-"""For anything but a launch or an end; a busy server takes minutes over what it does in one."""
-
 DOWN_SECONDS = 600.0
+LAST_LINES, LAST_WORDS_SECONDS = 40, 60.0
+
 SUBMIT_SECONDS = 1200.0
 """For a managed job: its controller may have to be started first."""
 
 _LAUNCHES = ("sky.launch", "sky.jobs.launch")
 """What the API server calls a launch that is under way."""
+
+NO_JOBS = "No in-progress managed jobs"
+"""SkyPilot's words where the controller does not exist, or has not begun to."""
+
+_JOB_FIELDS = (
+    "job_id",
+    "job_name",
+    "status",
+    "recovery_count",
+    "cloud",
+    "region",
+    "failure_reason",
+)
+"""What SkyPilot tells of managed jobs, of its many fields."""
 
 _LIVE_JOB = (
     "PENDING",
@@ -75,8 +76,8 @@ class Standing:
 
     @property
     def waits_for_capacity(self) -> bool:
-        """Whether it is a managed job that has not had a machine yet."""
-        return self.kind == "job" and self.status in _WAITING
+        """Whether it is a managed job that has never had a machine, as far as it says."""
+        return self.kind == "job" and self.status in _WAITING and not self.recoveries
 
     @property
     def is_live(self) -> bool:
@@ -86,33 +87,35 @@ class Standing:
 
 def submit_job(task: Mapping[str, Any], name: str) -> int:
     """Hand a task to SkyPilot's managed jobs, which recover it; the job's number."""
-    sky = _sky()
+    sky = skypilot.sdk()
     with explained():
         made = sky.Task.from_yaml_config(dict(task))
         request = sky.jobs.launch(made, name=name)
-    job_ids, _ = _finish(request, seconds=SUBMIT_SECONDS, what="submitting the job")
+    job_ids, _ = skypilot.finish(request, seconds=SUBMIT_SECONDS, what="submitting the job")
     return int(job_ids[0])
 
 
 def launch_cluster(task: Mapping[str, Any], name: str) -> None:
     """Start a task on machines of its own that end themselves when idle.
 
-    NoCapacityError where none is to be had now; after any CloudError nothing of them is left.
+    NoCapacityError where none is to be had now; after any CloudError nothing new of them is left.
     """
-    sky = _sky()
+    sky = skypilot.sdk()
+    was_up = any(_word(record["status"]) == "UP" for record in _clusters(name))
     with explained():
         made = sky.Task.from_yaml_config(dict(task))
         request = sky.launch(made, cluster_name=name)
     try:
-        _finish(request, seconds=SUBMIT_SECONDS, what="launching")
+        skypilot.finish(request, seconds=SUBMIT_SECONDS, what="launching")
     except CloudError:
-        end_cluster(name)
+        if not was_up:
+            end_cluster(name)
         raise
 
 
 def launches() -> dict[str, list[str]]:
     """What SkyPilot's server is launching for us: its requests, by the name of what is launched."""
-    sky = _sky()
+    sky = skypilot.sdk()
     with explained():
         under_way = [record for record in sky.api_status() if record.name in _LAUNCHES]
     requests: dict[str, list[str]] = {}
@@ -127,10 +130,10 @@ def cancel_launches(name: str) -> bool:
     """Stop what the server is launching under `name`; whether there was anything."""
     requests = launches().get(name, [])
     if requests:
-        sky = _sky()
+        sky = skypilot.sdk()
         with explained():
             request = sky.api_cancel(requests, silent=True)
-        _finish(request, seconds=CALL_SECONDS, what="calling off the launch")
+        skypilot.finish(request, what="calling off the launch")
     return bool(requests)
 
 
@@ -139,7 +142,7 @@ def settle(name: str) -> None:
     for request in launches().get(name, []):
         log.info("an earlier start of %s is still at work: waiting for it", name)
         with contextlib.suppress(CloudError):
-            _finish(request, seconds=SUBMIT_SECONDS, what="an earlier launch")
+            skypilot.finish(request, seconds=SUBMIT_SECONDS, what="an earlier launch")
 
 
 def ends_itself(name: str) -> bool:
@@ -152,10 +155,10 @@ def ends_itself(name: str) -> bool:
 
 def make_end_itself(name: str, *, idle_minutes: int) -> None:
     """Let the cluster delete itself when idle."""
-    sky = _sky()
+    sky = skypilot.sdk()
     with explained():
         request = sky.autostop(name, idle_minutes, down=True)
-    _finish(request, seconds=CALL_SECONDS, what="setting autodown")
+    skypilot.finish(request, what="setting autodown")
 
 
 def standing(name: str) -> Standing:
@@ -174,15 +177,17 @@ def standing(name: str) -> Standing:
     return jobs[0] if jobs else Standing()
 
 
-def cluster_job_status(name: str, job_id: int | None = None) -> str:
-    """SkyPilot's word for a job on a cluster (default: the newest); empty if it cannot be asked."""
-    sky = _sky()
+def cluster_job_status(name: str) -> str:
+    """SkyPilot's word for the newest job on a cluster; empty if it has none or is no more.
+
+    CloudError where that cannot be found out.
+    """
+    sky = skypilot.sdk()
     try:
         with explained():
-            request = sky.job_status(name, None if job_id is None else [job_id])
-        answer = _finish(request, seconds=CALL_SECONDS, what="asking for the job's state")
-    except CloudError as error:
-        log.debug("job state of %s: %s", name, error)
+            request = sky.job_status(name, None)
+        answer = skypilot.finish(request, what="asking for the job's state")
+    except AbsentError:
         return ""
     return next((_word(status) for status in answer.values() if status is not None), "")
 
@@ -200,11 +205,6 @@ def known_names() -> set[str]:
     return names | {str(record["name"]) for record in _clusters()}
 
 
-def has_live_jobs() -> bool:
-    """Whether the controller has a managed job to watch, ours or anybody's."""
-    return any(_job_standing(record).is_live for record in _jobs())
-
-
 def has_cluster(name: str) -> bool:
     """Whether SkyPilot knows of machines under that name, in whatever state."""
     return bool(_clusters(name))
@@ -217,7 +217,7 @@ def controller() -> str | None:
 
 def end_job(name: str) -> None:
     """Cancel the managed jobs of that name and wait until their machines are gone."""
-    sky = _sky()
+    sky = skypilot.sdk()
     ids = [
         int(record["job_id"])
         for record in _jobs()
@@ -227,7 +227,7 @@ def end_job(name: str) -> None:
         return
     with explained():
         request = sky.jobs.cancel(job_ids=ids)
-    _finish(request, seconds=CALL_SECONDS, what="cancelling the job")
+    skypilot.finish(request, what="cancelling the job")
     deadline = time.monotonic() + DOWN_SECONDS
     while any(_job_standing(r).is_live for r in _jobs() if r.get("job_id") in ids):
         if time.monotonic() > deadline:
@@ -235,63 +235,104 @@ def end_job(name: str) -> None:
                 f"SkyPilot has not cancelled {name} within {DOWN_SECONDS / 60:.0f} minutes: look at"
                 " `sky jobs queue`, and run `make down` again"
             )
-        time.sleep(POLL_SECONDS)
+        time.sleep(skypilot.POLL_SECONDS)
 
 
 def end_cluster(name: str) -> None:
     """Delete the cluster and wait until SkyPilot says that it is gone; missing is fine."""
-    sky = _sky()
+    sky = skypilot.sdk()
     if not _clusters(name):
         return
     with explained():
         request = sky.down(name)
-    _finish(request, seconds=DOWN_SECONDS, what="deleting the machines")
+    skypilot.finish(request, seconds=DOWN_SECONDS, what="deleting the machines")
 
 
-def end_controller() -> None:
-    """Delete the machine that watches managed jobs, if there is one."""
+def end_idle_controller() -> bool:
+    """Delete the machine that watches managed jobs once it watches none; whether that was done.
+
+    One that is stopped, is being set up for a job, or has had jobs of others is not ours to delete:
+    it ends or stops itself.
+    """
     for record in _clusters():
-        if _is_controller(record):
-            end_cluster(str(record["name"]))
+        if _is_controller(record) and _word(record["status"]) != "STOPPED":
+            jobs = _jobs()
+            is_ours = all(str(job["job_name"]).startswith(PREFIX) for job in jobs)
+            is_idle = not any(_job_standing(job).is_live for job in jobs) and not _is_submitting()
+            if is_ours and is_idle:
+                end_cluster(str(record["name"]))
+                return True
+    return False
 
 
-def tail(name: str, *, follow: bool = True) -> int:
-    """Print what the job says, until it ends or the reader leaves; SkyPilot's exit code."""
-    sky = _sky()
-    current = standing(name)
+def _is_submitting() -> bool:
+    """Whether the server is handing a managed job, ours or anybody's, to the controller."""
+    with explained():
+        return any(record.name == "sky.jobs.launch" for record in skypilot.sdk().api_status())
+
+
+def tail(name: str) -> int:
+    """Print what the job says until it ends or the reader leaves; SkyPilot's exit code."""
+    return _print_log(name, follow=True, lines=None)
+
+
+def last_words(name: str) -> None:
+    """Print the last lines that the job said, if they are to be had within a minute."""
+
+    def ask() -> None:
+        with contextlib.suppress(CloudError):
+            _print_log(name, follow=False, lines=LAST_LINES)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(LAST_WORDS_SECONDS)
+
+
+def _print_log(name: str, *, follow: bool, lines: int | None) -> int:
+    sky, current = skypilot.sdk(), standing(name)
     with explained():
         if current.kind == "job":
             is_followed = follow and current.is_live
-            return int(sky.jobs.tail_logs(job_id=current.job_id, follow=is_followed) or 0)
+            return int(sky.jobs.tail_logs(job_id=current.job_id, follow=is_followed, tail=lines))
         if current.kind == "cluster":
-            return int(sky.tail_logs(name, None, follow=follow) or 0)
+            return int(sky.tail_logs(name, None, follow=follow, tail=lines or 0))
     raise CloudError(f"SkyPilot knows nothing that is called {name}: look at `make status`")
 
 
 def _jobs() -> list[dict[str, Any]]:
-    """All managed jobs, newest first; none where there is no controller to ask."""
-    sky = _sky()
+    """All managed jobs, newest first; none where there is no controller that could watch any.
+
+    CloudError where there is one that does not answer: nothing is known of its jobs then.
+    """
+    sky = skypilot.sdk()
     try:
         with explained():
-            request = sky.jobs.queue_v2(refresh=False, skip_finished=False)
-        records, *_ = _finish(request, seconds=CALL_SECONDS, what="asking for managed jobs")
-    except NoControllerError:
-        return []
+            request = sky.jobs.queue_v2(
+                refresh=False, skip_finished=False, all_users=True, fields=list(_JOB_FIELDS)
+            )
+        records, *_ = skypilot.finish(request, what="asking for managed jobs")
+    except (NotUpError, AbsentError) as error:
+        if NO_JOBS in str(error) or controller() in (None, "STOPPED"):
+            return []
+        raise CloudError(
+            f"SkyPilot's controller of managed jobs does not answer ({error}): run the same"
+            " command again"
+        ) from None
     rows = [record if isinstance(record, dict) else record.model_dump() for record in records]
     return sorted(rows, key=lambda row: -int(row.get("job_id") or 0))
 
 
 def _clusters(name: str | None = None) -> list[dict[str, Any]]:
-    sky = _sky()
+    sky = skypilot.sdk()
     with explained():
         request = sky.status([name] if name else None, refresh=sky.StatusRefreshMode.AUTO)
-    records = _finish(request, seconds=CALL_SECONDS, what="asking for clusters")
+    records = skypilot.finish(request, what="asking for clusters")
     return [record if isinstance(record, dict) else record.model_dump() for record in records]
 
 
 def _launched_name(record: Any) -> str:
     """The cluster or managed job that a request is to launch."""
-    if record.cluster_name and not str(record.cluster_name).startswith(CONTROLLER):
+    if record.cluster_name and not str(record.cluster_name).startswith(aws.CONTROLLER):
         return str(record.cluster_name)
     try:
         return str(json.loads(record.request_body or "{}").get("name") or "")
@@ -311,50 +352,9 @@ def _job_standing(record: Mapping[str, Any]) -> Standing:
 
 
 def _is_controller(record: Mapping[str, Any]) -> bool:
-    return str(record["name"]).startswith(CONTROLLER)
+    return str(record["name"]).startswith(aws.CONTROLLER)
 
 
 def _word(status: Any) -> str:
     """`ClusterStatus.UP` and `"UP"` alike as UP."""
     return str(getattr(status, "value", status) or "").rpartition(".")[2]
-
-
-@cache
-def _sky() -> Any:
-    """SkyPilot, with our settings applied once a process."""
-    try:
-        import sky
-        import sky.jobs
-        from sky import skypilot_config
-    except ImportError:
-        raise MissingExtraError("skypilot", "cloud") from None
-    skypilot_config.apply_cli_config(list(CONFIG))
-    return sky
-
-
-def _finish(request: Any, *, seconds: float, what: str) -> Any:
-    """The result of a request to the API server; CloudError when it takes too long."""
-    sky = _sky()
-    deadline, pause = time.monotonic() + seconds, 0.2
-    with explained():
-        while not _is_over(request):
-            if time.monotonic() > deadline:
-                with contextlib.suppress(OSError):
-                    sky.api_cancel(request)
-                raise CloudError(
-                    f"{what} took longer than {seconds / 60:.0f} minutes and was given up: look at"
-                    " `sky api logs`, then run the same command again"
-                )
-            time.sleep(pause)
-            pause = min(1.2 * pause, POLL_SECONDS)
-        return sky.get(request)
-
-
-def _is_over(request: Any) -> bool:
-    """Whether the API server has ended the request; not yet, where the connection was lost."""
-    try:
-        records = _sky().api_status([request])
-    except OSError as error:
-        log.debug("SkyPilot's API server did not say: %s", error)
-        return False
-    return not records or records[0].status in ("SUCCEEDED", "FAILED", "CANCELLED")

@@ -1,20 +1,21 @@
 """`down`: end what runs for a run, and prove that nothing is left that bills.
 
-First what is being launched is stopped and SkyPilot is asked to end what it knows; then AWS itself
-is asked, by label and in every region, what is still there; that is ended too and watched until it
-is gone. What refuses to end keeps nothing else from being ended.
+First what is being launched is called off and SkyPilot is asked to end what it knows; then AWS
+itself is asked, by label and in every region, what is still there; that is ended too and watched
+until it is gone. What refuses to end, or does not answer, keeps nothing else from being ended.
 """
 
 import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 from casallm.errors import CloudError
 from casallm.units import format_usd
 from launch import aws, cluster, launching
-from launch.request import PROJECT, machine_names, run_labels
+from launch.request import PROJECT, cluster_name, machine_names, own_bucket, run_labels
 
 log = logging.getLogger(__name__)
 
@@ -23,18 +24,21 @@ POLL_SECONDS = 3.0
 SETTLE_SECONDS = 5.0
 """After a launch was called off: as long as a request for machines may have been on its way."""
 
+DEAD_UPLOAD = timedelta(days=1)
+"""After which no upload is still at work."""
 
-@dataclass(frozen=True)
+
+@dataclass
 class TearDown:
     """What was ended, and what could not be."""
 
-    ended: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
+    ended: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     """Why something could not be ended, or looked at."""
-    closed: tuple[str, ...] = ()
-    """Regions that AWS closes to this user."""
-    is_proven: bool = True
+    notes: list[str] = field(default_factory=list)
+    """What a person should know beside it."""
+    is_proven: bool = False
     """Whether the cloud itself was asked; else only SkyPilot was."""
 
     @property
@@ -47,8 +51,7 @@ class TearDown:
         lines = [f"ended {each}" for each in self.ended]
         if usd is not None:
             lines.append(f"the machines of this run cost {format_usd(usd)}")
-        if self.closed:
-            lines.append(f"not looked at, for AWS closes them to you: {', '.join(self.closed)}")
+        lines += self.notes
         if not self.is_clean:
             lines += [f"STILL THERE: {each}" for each in self.left]
             lines += [f"not certain: {each}" for each in self.problems]
@@ -59,113 +62,129 @@ class TearDown:
             lines.append("nothing left that SkyPilot knows of; look into the cloud's console once")
         return "\n".join(lines)
 
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Write down what could not be done, once, and go on."""
+        try:
+            yield
+        except CloudError as error:
+            if str(error) not in self.problems:
+                log.warning("%s", error)
+                self.problems.append(str(error))
+
 
 def tear_down(run_url: str | None, *, cloud: str = "aws") -> TearDown:
     """End everything that runs for the run (None: for all), and wait until it is gone."""
-    ended: list[str] = []
-    problems: list[str] = []
+    result, known = TearDown(), set[str]()
     names = machine_names(run_url) if run_url else []
     launching.withdraw(names[0] if names else None)
-    known: set[str] = set()
-    with _noted(problems):
+    with result.noting():
         known = cluster.known_names()
         names = names or sorted({*cluster.live_names(), *cluster.launches()})
     for name in names:
-        _end_known(name, ended, problems)
-    with _noted(problems):
-        if cluster.controller() and not cluster.has_live_jobs():
-            cluster.end_controller()
-            ended.append("SkyPilot's controller")
-    with _noted(problems):
+        _end_known(name, result)
+    with result.noting():
+        if cluster.end_idle_controller():
+            result.ended.append("SkyPilot's controller")
+        elif cluster.controller():
+            result.notes.append("SkyPilot's controller stays: it has other jobs, or had others'")
+    with result.noting():
         if cloud == "aws":
-            return _prove(run_url, known, ended, problems)
-        left = sorted({*cluster.live_names()} & {*names})
-        return TearDown(tuple(ended), tuple(left), tuple(problems), is_proven=False)
-    return TearDown(tuple(ended), problems=tuple(problems), is_proven=False)
+            found = _prove(run_url, result)
+            _look_for_others(run_url, found, known, result)
+            result.is_proven = True
+        else:
+            result.left = sorted({*cluster.live_names()} & {*names})
+    return result
 
 
-def _end_known(name: str, ended: list[str], problems: list[str]) -> None:
+def _end_known(name: str, result: TearDown) -> None:
     """End what SkyPilot runs under the name, or is about to."""
-    with _noted(problems):
+    with result.noting():
         if cluster.cancel_launches(name):
-            ended.append(f"launch of {name}")
-    with _noted(problems):
+            result.ended.append(f"launch of {name}")
+            time.sleep(SETTLE_SECONDS)
+    with result.noting():
         current = cluster.standing(name)
         if current.kind == "job" and current.is_live:
             cluster.end_job(name)
-            ended.append(f"managed job {current.job_id} ({name})")
-    with _noted(problems):
+            result.ended.append(f"managed job {current.job_id} ({name})")
+    with result.noting():
         if cluster.has_cluster(name):
             cluster.end_cluster(name)
-            ended.append(f"cluster {name}")
+            result.ended.append(f"cluster {name}")
 
 
-def _prove(run_url: str | None, known: set[str], ended: list[str], problems: list[str]) -> TearDown:
-    """Ask AWS itself what is left, end that, and watch it until it is gone."""
+def _prove(run_url: str | None, result: TearDown) -> list[aws.Leftover]:
+    """Ask AWS itself what is there, end that, and watch it until it is gone; what there was."""
     labels = run_labels(run_url) if run_url else PROJECT
-    if any(each.startswith("launch of ") for each in ended):
-        time.sleep(SETTLE_SECONDS)
     seen = aws.survey(aws.enabled_regions(), labels)
-    found = [*seen.found, *_uploads(run_url, problems)]
-    _remove(found, problems)
-    left = _wait_until_gone(found, labels, run_url, problems)
-    for run in sorted({each.spot_run for each in found} - known - {""}):
-        problems.append(
-            f"{run} is no launch of this computer's SkyPilot: if another still watches it, that one"
-            " rents again, so run `make down` there"
-        )
-    left_ids = {each.id for each in left}
-    return TearDown(
-        ended=(*ended, *(str(each) for each in found if each.id not in left_ids)),
-        left=tuple(str(each) for each in left),
-        problems=tuple(problems),
-        closed=seen.closed,
-    )
-
-
-def _remove(found: Iterable[aws.Leftover], problems: list[str]) -> None:
-    """Ask for the end of each; a volume ends with its instance, or is asked for when it is free."""
+    found = [*seen.found, *_uploads(run_url, result)]
     for each in found:
-        if each.kind != "volume" and each.state != "shutting-down":
+        if (
+            each.kind != "volume" and each.state != "shutting-down"
+        ):  # a volume ends with its machine
             log.warning("ending %s", each)
-            with _noted(problems):
+            with result.noting():
                 aws.remove(each)
+    left = _wait_until_gone(found, labels, run_url, result)
+    left_ids = {each.id for each in left}
+    result.ended += [str(each) for each in found if each.id not in left_ids]
+    result.left += map(str, left)
+    result.notes += [f"not looked at, for AWS closes it to you: {each}" for each in seen.closed]
+    return found
 
 
 def _wait_until_gone(
-    found: list[aws.Leftover], labels: dict[str, str], run_url: str | None, problems: list[str]
+    found: list[aws.Leftover], labels: dict[str, str], run_url: str | None, result: TearDown
 ) -> list[aws.Leftover]:
     """What is still there after as long as a cloud may take to end it."""
     left, deadline = found, time.monotonic() + GONE_SECONDS
     while left and time.monotonic() < deadline:
         regions = sorted({each.region for each in left if each.kind != "upload"})
-        left = [*aws.survey(regions, labels).found, *_uploads(run_url, problems)]
+        left = [*aws.survey(regions, labels).found, *_uploads(run_url, result)]
         for each in left:
             if each.kind == "volume" and each.state == "available":
-                with _noted(problems):
+                with result.noting():
                     aws.remove(each)
         if left:
             time.sleep(POLL_SECONDS)
     return left
 
 
-def _uploads(run_url: str | None, problems: list[str]) -> list[aws.Leftover]:
-    """Unfinished uploads below the run; it has no writer any more."""
-    if run_url is None or not run_url.startswith("s3://"):
+def _look_for_others(
+    run_url: str | None, found: list[aws.Leftover], known: set[str], result: TearDown
+) -> None:
+    """Say what another computer's SkyPilot may rent again; what that watches cannot be asked."""
+    ours = {each for each in known if each.startswith(aws.CONTROLLER)}
+    others = [
+        each
+        for name, each in aws.controllers(aws.enabled_regions()).items()
+        if not any(name.startswith(own) for own in ours)
+    ]
+    result.notes += [f"{each} is of another computer's SkyPilot: left alone" for each in others]
+    strangers = {each.spot_run for each in found} - known - {""}
+    if run_url and others:
+        strangers |= {cluster_name(run_url)} - known
+    result.problems += [
+        f"{run} is no launch of this computer's SkyPilot: if another still watches it, that one"
+        " rents again, so run `make down` there"
+        for run in sorted(strangers)
+    ]
+
+
+def _uploads(run_url: str | None, result: TearDown) -> list[aws.Leftover]:
+    """Unfinished uploads below the run, which has no writer any more.
+
+    Without a run, those of the account's own bucket in which nothing can be at work any longer.
+    """
+    if run_url is not None and not run_url.startswith("s3://"):
         return []
-    bucket, _, prefix = run_url.removeprefix("s3://").partition("/")
-    with _noted(problems):
+    with result.noting():
+        url = run_url or f"s3://{own_bucket(aws.account_id())}"
+        bucket, _, prefix = url.removeprefix("s3://").partition("/")
         if aws.bucket_region(bucket) is not None:
-            return aws.unfinished_uploads(bucket, f"{prefix}/")
+            older_than = timedelta(0) if run_url else DEAD_UPLOAD
+            below = f"{prefix}/" if prefix else ""
+            return aws.unfinished_uploads(bucket, below, older_than=older_than)
     return []
-
-
-@contextlib.contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """Write down what could not be done, once, and go on."""
-    try:
-        yield
-    except CloudError as error:
-        if str(error) not in problems:
-            log.warning("%s", error)
-            problems.append(str(error))

@@ -3,10 +3,10 @@
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from casallm.errors import CloudError, StoreError
+from casallm.errors import CasallmError, CloudError
 from casallm.storage.store import open_store
 from casallm.units import format_usd
 from launch import cluster
@@ -17,8 +17,8 @@ from launch.request import cluster_name
 log = logging.getLogger(__name__)
 
 FOLLOW_SECONDS, ASK_SECONDS = 10.0, 60.0
-START_PATIENCE_SECONDS = 120.0
-"""How long a job may be unknown after it was submitted."""
+MISSING_SECONDS = 180.0
+"""How long SkyPilot must say that there is nothing before the run is taken for gone."""
 
 REPORT_SECONDS = 600.0
 """How long a job may go on after its run is finished: the report is written, the webhook told."""
@@ -46,8 +46,9 @@ def follow(plan: Plan) -> Ending:
     The run's own directory is read often; SkyPilot, which answers slowly, is asked once a minute.
     CloudError when no machine was had within the plan's time: the caller ends what waits.
     """
-    url, began, said, asked = plan.request.run_url, time.monotonic(), "", -math.inf
-    current, job, progress = cluster.Standing(), "", RunProgress(url)
+    url, said, asked = plan.request.run_url, "", -math.inf
+    current, job, progress = cluster.Standing("unknown"), "", RunProgress(url)
+    waiting, missing, has_run = _Lasting(), _Lasting(), False
     while True:
         progress = _progress(progress)
         if progress.finished is not None:
@@ -59,15 +60,32 @@ def follow(plan: Plan) -> Ending:
         if (words := _words(current, job, progress)) != said:
             log.info("%s", words)
             said = words
-        is_unknown = current.kind == "none" and time.monotonic() - began > START_PATIENCE_SECONDS
-        if current.waits_for_capacity and time.monotonic() - began > 3600 * CAPACITY_HOURS:
+        has_run = has_run or current.status == "RUNNING"
+        if waiting.lasts(current.waits_for_capacity) > 3600 * CAPACITY_HOURS and not has_run:
             raise CloudError(
                 f"no machine began within {CAPACITY_HOURS:g} hours, so {plan.name} was ended: run"
                 " the same command again, or add REGION=, GPU= or SPOT=0"
             )
-        if job.startswith(cluster.OVER) or is_unknown:
+        is_gone = missing.lasts(current.kind == "none") > MISSING_SECONDS
+        if job.startswith(cluster.OVER) or is_gone:
             return _ended(_progress(progress), job, current)
         time.sleep(FOLLOW_SECONDS)
+
+
+class _Lasting:
+    """Since when a thing has been so, without a break."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def lasts(self, is_so: bool) -> float:
+        """Seconds for which it has been so; 0 if it is not."""
+        now = time.monotonic()
+        if not is_so:
+            self._since = None
+            return 0.0
+        self._since = now if self._since is None else self._since
+        return now - self._since
 
 
 def bring_home(run_url: str, runs: Path) -> tuple[Path, int]:
@@ -104,7 +122,7 @@ def _ask(name: str, current: cluster.Standing, job: str) -> tuple[cluster.Standi
         return current, cluster.cluster_job_status(name) if is_cluster else current.status
     except CloudError as error:
         log.warning("%s", error)
-        return cluster.Standing("unknown") if current.kind == "none" else current, job
+        return replace(current, kind="unknown") if current.kind == "none" else current, job
 
 
 def _await_end(name: str) -> None:
@@ -121,7 +139,7 @@ def _progress(known: RunProgress) -> RunProgress:
     """The run's progress; where the bucket cannot be read just now, what was known before."""
     try:
         return read_progress(open_store(known.url))
-    except StoreError as error:
+    except CasallmError as error:
         log.warning("%s cannot be read just now: %s", known.url, error)
         return known
 

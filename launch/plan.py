@@ -36,6 +36,9 @@ BUDGET_FACTOR, DEADLINE_FACTOR = 1.25, 2.0
 OVERSHOOT_FRACTION, OVERSHOOT_SECONDS = 0.01, 60.0
 """By how much a run may miss its budget while it saves and ends."""
 
+ENDING_SECONDS = 300.0
+"""Two idle minutes and the deletion of machines, which are billed after the run has ended."""
+
 PREPARE_FACTOR, PREPARE_LEAST_HOURS = 4.0, 2.0
 """Preparing data may take this many times the estimate, and never less than so long."""
 
@@ -67,12 +70,6 @@ class Candidate:
         """Of one machine."""
         return hourly_price(self.offer, self.is_spot)
 
-    @property
-    def place(self) -> Place:
-        """How a task names it."""
-        offer = self.offer
-        return Place(f"{offer.cloud}/{offer.region}", f"{offer.hardware.name}:{offer.n_gpus}")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -97,11 +94,19 @@ class Plan:
         """Of the first candidate."""
         return self.best.bill
 
-    @property
-    def max_hourly_usd(self) -> float:
-        """Beyond which SkyPilot takes no machine: of one machine, in dollars an hour."""
-        dearest = max(candidate.usd_per_hour for candidate in self.candidates)
-        return math.ceil(dearest * (SPOT_HEADROOM if self.request.is_spot else 1.0) * 100) / 100
+    def most_listed_usd(self, candidate: Candidate) -> float:
+        """Dollars an hour of one machine: SkyPilot takes none of this kind that is listed above."""
+        headroom = SPOT_HEADROOM if candidate.is_spot else 1.0
+        return math.ceil(candidate.usd_per_hour * headroom * 100) / 100
+
+    def place_of(self, candidate: Candidate) -> Place:
+        """How a task names it."""
+        offer = candidate.offer
+        return Place(
+            infra=f"{offer.cloud}/{offer.region}",
+            accelerators=f"{offer.hardware.name}:{offer.n_gpus}",
+            max_hourly_usd=self.most_listed_usd(candidate),
+        )
 
     @property
     def most_hourly_usd(self) -> float:
@@ -109,10 +114,8 @@ class Plan:
 
         AWS bills a spot machine at its market price, which never exceeds that on demand.
         """
-        if not self.request.is_spot:
-            return self.max_hourly_usd
-        on_demand = [hourly_price(candidate.offer, False) for candidate in self.candidates]
-        return max(self.max_hourly_usd, *(usd for usd in on_demand if math.isfinite(usd)))
+        prices = [max(self.most_listed_usd(c), _on_demand_usd(c.offer)) for c in self.candidates]
+        return max(prices)
 
     @property
     def prepare_hours(self) -> float:
@@ -130,14 +133,25 @@ class Plan:
 
     @property
     def worst_usd(self) -> float:
-        """The most that the run can cost: budget or deadline, and what neither counts.
+        """The most that the run can cost at the prices of the moment when each machine is got.
 
-        The budget counts the price of the moment at which each machine is got.
+        The budget counts those; it does not count how machines end, nor the services.
         """
         rate = self.most_hourly_usd * self.request.nodes
         by_budget = self.budget_usd * (1 + OVERSHOOT_FRACTION) + rate * OVERSHOOT_SECONDS / 3600
+        return self._worst(by_budget)
+
+    @property
+    def worst_market_usd(self) -> float:
+        """The same if spot machines, got at the listed price, rose to that on demand at once."""
+        rise = max(_on_demand_usd(c.offer) / c.usd_per_hour for c in self.candidates)
+        return self._worst(max(1.0, rise) * self.budget_usd * (1 + OVERSHOOT_FRACTION))
+
+    def _worst(self, by_budget: float) -> float:
+        rate = self.most_hourly_usd * self.request.nodes
         by_deadline = rate * (self.deadline_hours + OVERSHOOT_SECONDS / 3600)
-        return round(min(by_budget, by_deadline) + self.usd_outside_budget, 2)
+        ending = rate * ENDING_SECONDS / 3600
+        return round(min(by_budget, by_deadline) + ending + self.usd_outside_budget, 2)
 
     def _usd_of(self, *names: str) -> float:
         return sum(item.usd for item in self.bill.items if item.name in names)
@@ -179,6 +193,11 @@ def build_plan(request: LaunchRequest, prices: Prices | None = None) -> Plan:
         deadline_hours=_deadline(request, best.bill.hours.p90),
         prices=known,
     )
+
+
+def _on_demand_usd(offer: Offer) -> float:
+    """Dollars an hour; 0 where it is sold as spot only, or its price is not known."""
+    return offer.on_demand or 0.0
 
 
 def _nearby(request: LaunchRequest, prices: Prices) -> Prices:

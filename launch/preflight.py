@@ -132,6 +132,11 @@ def check_keys(plan: Plan, environment: Mapping[str, str]) -> Findings:
             f"machines of {plan.request.cloud} have no role in AWS: run `export AWS_ACCESS_KEY_ID=…"
             " AWS_SECRET_ACCESS_KEY=…` with keys that may use the bucket and nothing else"
         )
+    if plan.request.cloud != "aws" and environment.get("AWS_SESSION_TOKEN"):
+        problems.append(
+            "the keys of AWS here are temporary (AWS_SESSION_TOKEN), and would end before the run:"
+            " export those of a user, and `unset AWS_SESSION_TOKEN`"
+        )
     return Findings(tuple(problems))
 
 

@@ -56,7 +56,7 @@ class LaunchRequest:
         """Where runs and data are kept: as asked, else where the run is, else the account's own."""
         if self.run and "://" in self.run and not self.bucket:
             return "/".join(self.run.split("/")[:3])
-        return (self.bucket or f"s3://casallm-{ACCOUNT}").rstrip("/")
+        return (self.bucket or f"s3://{own_bucket(ACCOUNT)}").rstrip("/")
 
     @property
     def run_url(self) -> str:
@@ -78,6 +78,11 @@ class LaunchRequest:
             return f"{self.start_from.rstrip('/').rpartition('/')[2]}-{self.job}"
         size = (self.params or self.preset or DEFAULT_PRESET).lower()
         return f"{size}-{source_name(self.data or BUILTIN)}"
+
+
+def own_bucket(account: str) -> str:
+    """The bucket in which an account's runs are kept unless another is named."""
+    return f"casallm-{account}"
 
 
 def cluster_name(run_url: str) -> str:

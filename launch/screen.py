@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from casallm.estimate.cost import Interval
 from casallm.units import format_count, format_usd
-from launch.plan import CAPACITY_HOURS, UNTESTED_CLOUDS, Candidate, Plan
+from launch.plan import CAPACITY_HOURS, SPOT_HEADROOM, UNTESTED_CLOUDS, Candidate, Plan
 
 _DATA = {
     "builtin": "the built-in corpus, prepared on the machine in about a minute",
@@ -30,7 +30,7 @@ def format_plan(plan: Plan) -> str:
         *(("", f"{item.name:<18}{format_usd(item.usd):>10}") for item in plan.items()),
         ("ends itself", f"at {format_usd(plan.budget_usd)} or hour {plan.deadline_hours:g}:"),
         ("", "the node anneals, saves and stops, whatever becomes of this computer"),
-        ("worst case", f"{format_usd(plan.worst_usd)}, all of the above included"),
+        *zip(("worst case", ""), _worst(plan), strict=False),
         ("prices", f"{plan.prices.source}, {plan.prices.as_of}"),
     ]
     title = f"casallm {request.job}: {plan.workload.size} on {request.cloud}"
@@ -62,13 +62,23 @@ def _machines(plan: Plan) -> str:
 def _fallbacks(plan: Plan) -> list[str]:
     """The other candidates, and what an hour of any can cost."""
     others = [f"else {_describe(candidate)}" for candidate in plan.candidates[1:]]
-    limit = format_usd(plan.max_hourly_usd * plan.request.nodes)
-    if not plan.request.is_spot:
-        return [*others, f"never above {limit}/h"]
     most = format_usd(plan.most_hourly_usd * plan.request.nodes)
+    if not plan.request.is_spot:
+        return [*others, f"never above {most}/h"]
     return [
         *others,
-        f"taken while listed at up to {limit}/h; billed at the market price, up to {most}/h",
+        f"each up to {SPOT_HEADROOM:g} times its listed price; billed at the market's, never above"
+        f" {most}/h",
+    ]
+
+
+def _worst(plan: Plan) -> list[str]:
+    worst = f"{format_usd(plan.worst_usd)}, all of the above included"
+    if not plan.request.is_spot:
+        return [worst]
+    return [
+        f"{worst}, at spot prices of the hour in which each machine is got;",
+        f"{format_usd(plan.worst_market_usd)} if they rose at once to the price on demand",
     ]
 
 

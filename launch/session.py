@@ -11,7 +11,7 @@ from pathlib import Path
 
 import typer
 
-from casallm.errors import CasallmError, CloudError, StoreError
+from casallm.errors import CasallmError, CloudError
 from casallm.storage.store import open_store
 from launch import aws, cluster, node
 from launch.down import tear_down
@@ -19,7 +19,7 @@ from launch.follow import Ending, bring_home, follow
 from launch.plan import Plan, build_plan
 from launch.preflight import Findings, Surroundings, preflight
 from launch.progress import read_progress
-from launch.request import ACCOUNT, PROJECT, LaunchRequest, cluster_name, run_labels
+from launch.request import ACCOUNT, PROJECT, LaunchRequest, machine_names, run_labels
 from launch.screen import format_plan
 from launch.up import environment_of_this_process, launch_plan, three_commands
 
@@ -67,11 +67,11 @@ def run_up(request: LaunchRequest, choices: Choices, *, say: Say) -> int:
         _launch(plan, environment)
         is_launched = True
         if choices.is_detached:
-            say(three_commands(plan.request.run_url))
+            say(three_commands(plan.request))
             return 0
         return _accompany(plan, environment, say)
     except KeyboardInterrupt:
-        say("\n" + three_commands(plan.request.run_url, is_launched=is_launched))
+        say("\n" + three_commands(plan.request, is_launched=is_launched))
         return 0
 
 
@@ -83,6 +83,11 @@ def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int
             return 1
     result = tear_down(run_url, cloud=cloud)
     usd = _paid(run_url) if run_url else None
+    if run_url and not result.ended and result.is_clean and not _exists(run_url):
+        raise CloudError(
+            f"there is no run at {run_url}, and nothing was rented for it: check RUN= and BUCKET=,"
+            " or run `make down` alone, which ends everything"
+        )
     say(result.text(usd))
     return 0 if result.is_clean else 1
 
@@ -90,7 +95,9 @@ def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int
 def status_text(run_url: str | None) -> str:
     """One run in full, or every live one by name; the controller, and what AWS itself has."""
     begun = cluster.launches()
-    names = [cluster_name(run_url)] if run_url else sorted({*cluster.live_names(), *begun})
+    names = machine_names(run_url) if run_url else sorted({*cluster.live_names(), *begun})
+    if run_url and not cluster.has_cluster(names[1]):
+        names = names[:1]
     lines = []
     for name in names:
         current = cluster.standing(name)
@@ -163,6 +170,8 @@ def _accompany(plan: Plan, environment: Mapping[str, str], say: Say) -> int:
         ending = follow(plan)
     except CloudError as error:
         ending = Ending(False, str(error), was_told=False)
+    if not ending.has_succeeded:
+        cluster.last_words(plan.name)
     say(f"{url}: {ending.reason}")
     try:
         is_home = not ending.has_succeeded or _bring_home(url, say)
@@ -175,7 +184,7 @@ def _accompany(plan: Plan, environment: Mapping[str, str], say: Say) -> int:
         ) from None
     say(result.text(_paid(url)))
     if not ending.has_succeeded:
-        say(f"the same command goes on from the last checkpoint; `make logs RUN={url}` says more")
+        say("the same command goes on from the last checkpoint")
     return 0 if ending.has_succeeded and is_home and result.is_clean else 1
 
 
@@ -217,11 +226,19 @@ def _rented(run_url: str | None) -> str:
     return "\n             ".join(rows) or "nothing"
 
 
+def _exists(run_url: str) -> bool:
+    """Whether the run was ever started; yes, where that cannot be found out."""
+    try:
+        return read_progress(open_store(run_url)).attempts > 0
+    except CasallmError:
+        return True
+
+
 def _paid(run_url: str) -> float | None:
     """What the run's own ledger says; None where it cannot be read."""
     try:
         usd = read_progress(open_store(run_url)).usd
-    except StoreError as error:
+    except CasallmError as error:
         log.warning("the ledger of %s cannot be read: %s", run_url, error)
         return None
     return usd or None

@@ -8,6 +8,16 @@ from typing import Any
 from casallm.errors import CloudError
 from launch import aws
 
+CAPACITY_CODES = (
+    "InsufficientInstanceCapacity",
+    "InsufficientHostCapacity",
+    "InsufficientReservedInstanceCapacity",
+    "InsufficientCapacity",
+    "UnfulfillableCapacity",
+    "SpotMaxPriceTooLow",
+)
+"""What AWS answers where it has no such machine just now."""
+
 QUOTA_CODES = ("VcpuLimitExceeded", "MaxSpotInstanceCountExceeded", "InstanceLimitExceeded")
 """What AWS answers where more time brings no machine, but a larger quota does."""
 
@@ -20,8 +30,12 @@ class NoCapacityError(CloudError):
     """The cloud has no such machine to rent out just now; it may have one later."""
 
 
-class NoControllerError(CloudError):
-    """There is no controller of managed jobs, so there are none."""
+class AbsentError(CloudError):
+    """SkyPilot knows of no such cluster."""
+
+
+class NotUpError(CloudError):
+    """SkyPilot knows of the cluster, and does not reach it."""
 
 
 @contextlib.contextmanager
@@ -35,8 +49,10 @@ def explained() -> Iterator[None]:
         yield
     except CloudError:
         raise
-    except (exceptions.ClusterNotUpError, exceptions.ClusterDoesNotExist) as error:
-        raise NoControllerError(_first_sentence(error)) from None
+    except exceptions.ClusterDoesNotExist as error:
+        raise AbsentError(_first_sentence(error)) from None
+    except exceptions.ClusterNotUpError as error:
+        raise NotUpError(_first_sentence(error)) from None
     except exceptions.ResourcesUnavailableError as error:
         raise _unavailable(error) from None
     except exceptions.NoCloudAccessError:
@@ -55,23 +71,23 @@ def _unavailable(error: Any) -> CloudError:
     """Why no machine was got, in the cloud's own words where it gave any."""
     history = [str(each) for each in getattr(error, "failover_history", ())]
     refusals = dict(_REFUSAL.findall("\n".join([str(error), *history])))
-    if refusals and refusals.keys() <= {*QUOTA_CODES}:
+    said = _quoted(refusals) if refusals else (history or [_first_sentence(error)])[0].strip()
+    if refusals.keys() & {*CAPACITY_CODES} or (history and not refusals):
+        return NoCapacityError(f"no machine of the plan is to be had now ({said})")
+    if refusals.keys() & {*QUOTA_CODES}:
         return CloudError(
-            f"the account may run no more such machines ({_quoted(refusals)}): ask for a larger"
-            " quota, as docs/guides/pretrain-on-aws.md says"
+            f"the account may run no more such machines ({said}): ask for a larger quota, as"
+            " docs/guides/pretrain-on-aws.md says"
         )
     if refusals.keys() & {*aws.DENIED}:
         return CloudError(
-            f"AWS lets nobody rent with these credentials ({_quoted(refusals)}): attach the policy"
-            " of docs/guides/pretrain-on-aws.md to your user"
+            f"AWS lets nobody rent with these credentials ({said}): attach the policy of"
+            " docs/guides/pretrain-on-aws.md to your user"
         )
-    if not refusals and not history:
-        return CloudError(
-            f"SkyPilot finds no machine for the plan ({_first_sentence(error)}): choose another"
-            " with GPU=, REGION= or SPOT="
-        )
-    said = f" ({_quoted(refusals)})" if refusals else ""
-    return NoCapacityError(f"no machine of the plan is to be had now{said}")
+    return CloudError(
+        f"no machine can be rented for the plan ({said}): choose another with GPU=, REGION= or"
+        " SPOT="
+    )
 
 
 def _quoted(refusals: Mapping[str, str]) -> str:

@@ -28,7 +28,9 @@ class Place:
     infra: str
     """`aws/us-east-1` or `aws`."""
     accelerators: str
-    """`A100:8`; empty for a machine without GPUs."""
+    """`A100:8`."""
+    max_hourly_usd: float
+    """Listed dollars an hour of one machine beyond which SkyPilot does not take it."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Overrides:
     is_spot: bool = False
     places: Sequence[Place] = ()
     max_hourly_usd: float | None = None
-    """Dollars an hour of one machine beyond which SkyPilot takes none."""
+    """The same, of a task without places."""
     labels: Mapping[str, str] = field(default_factory=dict)
     envs: Mapping[str, str] = field(default_factory=dict)
     secrets: Mapping[str, str] = field(default_factory=dict, repr=False)
@@ -90,8 +92,11 @@ def override(task: Tree, changes: Overrides) -> Tree:
 
 
 def _resources_of(place: Place) -> Tree:
-    resources = {"infra": place.infra}
-    return {**resources, "accelerators": place.accelerators} if place.accelerators else resources
+    return {
+        "infra": place.infra,
+        "accelerators": place.accelerators,
+        "max_hourly_cost": place.max_hourly_usd,
+    }
 
 
 def _set_known(task: Tree, section: str, values: Mapping[str, str]) -> None:

@@ -18,7 +18,7 @@ from casallm.storage.store import open_store
 from launch import aws, cluster, launching
 from launch.launching import Announcement
 from launch.plan import CAPACITY_HOURS, PREPARE_LIMIT_USD, Plan
-from launch.request import data_machine, run_labels
+from launch.request import LaunchRequest, data_machine, machine_names, run_labels
 from launch.sky_errors import NoCapacityError
 from launch.tasks import Overrides, Tree, load_task, override
 
@@ -57,11 +57,21 @@ def launch_plan(plan: Plan, environment: Mapping[str, str]) -> None:
 
 
 def reconcile(plan: Plan) -> None:
-    """End what carries the label of a run that SkyPilot does not run."""
+    """End what carries the label of a run that SkyPilot remembers and does not run.
+
+    CloudError where it does not remember the run: another computer's SkyPilot may be at it.
+    """
     if plan.request.cloud != "aws":
         return
     regions = sorted({candidate.offer.region for candidate in plan.candidates})
-    for each in aws.survey(regions, run_labels(plan.request.run_url)).found:
+    found = aws.survey(regions, run_labels(plan.request.run_url)).found
+    if found and not {*machine_names(plan.request.run_url)} & cluster.known_names():
+        raise CloudError(
+            f"{plan.request.run_url} has {found[0]}, which this computer's SkyPilot did not rent:"
+            " the run goes on from another computer (`make status`, `make logs` there), or that one"
+            f" is gone; `make down RUN={plan.request.run_url}` ends it"
+        )
+    for each in found:
         log.warning("an earlier start left %s behind: it is ended", each)
         if each.kind != "volume":
             aws.remove(each)
@@ -94,8 +104,7 @@ def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
             name=plan.name,
             nodes=request.nodes,
             is_spot=request.is_spot,
-            places=[candidate.place for candidate in plan.candidates],
-            max_hourly_usd=plan.max_hourly_usd,
+            places=[plan.place_of(candidate) for candidate in plan.candidates],
             labels=run_labels(request.run_url),
             envs=envs,
             secrets=_secrets(plan, environment),
@@ -121,15 +130,14 @@ def prepare_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
     return override(load_task("prepare"), changes)
 
 
-def three_commands(run_url: str, *, is_launched: bool = True) -> str:
+def three_commands(request: LaunchRequest, *, is_launched: bool = True) -> str:
     """What a person needs who leaves a run to itself."""
-    here = "it is being launched from this computer, which must stay on until it is RUNNING:"
-    return (
-        f"{'it goes on without this computer:' if is_launched else here}\n"
-        f"  make status RUN={run_url}\n"
-        f"  make logs RUN={run_url}\n"
-        f"  make down RUN={run_url}"
-    )
+    url = request.run_url
+    cloud = "" if request.cloud == "aws" else f" CLOUD={request.cloud}"
+    here = "it goes on without this computer, also while it waits for a machine:"
+    if not is_launched:
+        here = "it is not launched yet: the same command again goes on, or"
+    return f"{here}\n  make status RUN={url}\n  make logs RUN={url}\n  make down RUN={url}{cloud}"
 
 
 def _submit(task: Tree, name: str, announcement: Announcement) -> None:
@@ -141,6 +149,7 @@ def _submit(task: Tree, name: str, announcement: Announcement) -> None:
         with contextlib.suppress(CloudError):
             cluster.cancel_launches(name)
             cluster.end_job(name)
+            cluster.end_idle_controller()
         announcement.insist()
         raise
     if announcement.is_called_off:
@@ -211,19 +220,19 @@ def _prepare(plan: Plan, environment: Mapping[str, str], announcement: Announcem
 
 
 def _has_ended(name: str) -> bool:
-    """Whether the machine has no job that could go on, or is gone; no, where SkyPilot is silent."""
+    """Whether the machine is gone or its job is over; no, where SkyPilot does not say."""
     try:
-        return not cluster.has_cluster(name) or not _has_work(name)
+        return not cluster.has_cluster(name) or cluster.cluster_job_status(name).startswith(
+            cluster.OVER
+        )
     except CloudError as error:
         log.warning("%s", error)
         return False
 
 
 def _give_up_preparing(plan: Plan, name: str) -> NoReturn:
-    if cluster.has_cluster(name):
-        with contextlib.suppress(CloudError):
-            cluster.tail(name, follow=False)
-        cluster.end_cluster(name)
+    cluster.last_words(name)
+    cluster.end_cluster(name)
     raise CloudError(
         f"preparing {plan.request.data} made no shards (at most {plan.prepare_hours:g} h were"
         " allowed), and its machine is gone: the last lines above say why; the same command goes on"
@@ -238,5 +247,5 @@ def _secrets(plan: Plan, environment: Mapping[str, str]) -> dict[str, str]:
 
 def environment_of_this_process() -> dict[str, str]:
     """What the launcher reads of its environment, and nothing else."""
-    names = (*SECRETS, *ROLE_SECRETS)
+    names = (*SECRETS, *ROLE_SECRETS, "AWS_SESSION_TOKEN")
     return {name: os.environ[name] for name in names if name in os.environ}

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 
 from casallm.errors import CloudError
-from launch import cluster
+from launch import cluster, skypilot
 from launch.sky_errors import NoCapacityError, explained
 
 pytest.importorskip("sky")
 
-from sky.exceptions import ResourcesUnavailableError
+from sky.exceptions import ClusterDoesNotExist, ClusterNotUpError, ResourcesUnavailableError
 
 UP = {"name": "sky-jobs-controller-abc", "status": "UP"}
 DONE = [SimpleNamespace(status="SUCCEEDED")]
@@ -37,7 +37,7 @@ def server(monkeypatch):
             api_cancel=api_status,
             get=lambda _: [UP],
         )
-        monkeypatch.setattr(cluster, "_sky", lambda: fake)
+        monkeypatch.setattr(skypilot, "sdk", lambda: fake)
         monkeypatch.setattr(time, "sleep", lambda _: None)
 
     return answering
@@ -76,7 +76,8 @@ UNDER_WAY = [
 
 
 def test_launches_under_way_are_known_by_what_they_launch_and_others_are_left_alone(monkeypatch):
-    monkeypatch.setattr(cluster, "_sky", lambda: SimpleNamespace(api_status=lambda: UNDER_WAY))
+    fake = SimpleNamespace(api_status=lambda: UNDER_WAY)
+    monkeypatch.setattr(skypilot, "sdk", lambda: fake)
 
     assert list(cluster.launches()) == ["casallm-a", "casallm-b"]
 
@@ -88,7 +89,7 @@ def test_only_the_launches_of_the_run_are_called_off(monkeypatch):
         api_cancel=lambda ids, silent: cancelled.append(ids) or "a request",
         get=lambda _: [],
     )
-    monkeypatch.setattr(cluster, "_sky", lambda: fake)
+    monkeypatch.setattr(skypilot, "sdk", lambda: fake)
 
     assert cluster.cancel_launches("casallm-b")
     assert not cluster.cancel_launches("casallm-c")
@@ -104,6 +105,10 @@ SOLD_OUT = (
 NO_QUOTA = (
     "An error occurred (VcpuLimitExceeded) when calling the RunInstances operation: You have"
     " requested more vCPU capacity than your current vCPU limit of 0 allows. Please visit."
+)
+NO_VPC = (
+    "An error occurred (VPCIdNotSpecified) when calling the RunInstances operation: No default VPC"
+    " for this user."
 )
 FORBIDDEN = (
     "An error occurred (UnauthorizedOperation) when calling the RunInstances operation: You are"
@@ -121,7 +126,13 @@ FORBIDDEN = (
             " not have sufficient p4d.24xlarge capacity in the Availability Zone you requested"
             " (us-east-1a))",
         ),
-        (["it failed"], NoCapacityError, "no machine of the plan is to be had now"),
+        (["it failed"], NoCapacityError, "no machine of the plan is to be had now (it failed)"),
+        (
+            [NO_VPC],
+            CloudError,
+            "no machine can be rented for the plan (VPCIdNotSpecified: No default VPC for this"
+            " user): choose another with GPU=, REGION= or SPOT=",
+        ),
         (
             [NO_QUOTA, NO_QUOTA],
             CloudError,
@@ -139,7 +150,7 @@ FORBIDDEN = (
         (
             [],
             CloudError,
-            "SkyPilot finds no machine for the plan (Nothing sold): choose another with GPU=,"
+            "no machine can be rented for the plan (Nothing sold): choose another with GPU=,"
             " REGION= or SPOT=",
         ),
     ],
@@ -151,3 +162,129 @@ def test_why_no_machine_was_got_is_said_in_the_clouds_own_words(history, kind, w
         raise ResourcesUnavailableError("Nothing sold", failover_history=errors)
 
     assert (type(refused.value), str(refused.value)) == (kind, words)
+
+
+@pytest.fixture
+def sky(monkeypatch):
+    """SkyPilot's SDK with a controller and jobs as a test says, and what it was asked to end."""
+    has = SimpleNamespace(
+        jobs=[], refusal=None, controller="UP", under_way=[], job_status={1: None}, ended=[]
+    )
+
+    def queue_v2(**asked):
+        if has.refusal:
+            raise has.refusal
+        return [job for job in has.jobs if asked["all_users"]], 0, {}, 0
+
+    def job_status(name, ids):
+        if isinstance(has.job_status, Exception):
+            raise has.job_status
+        return has.job_status
+
+    def status(names, **_):
+        record = {"name": "sky-jobs-controller-abc", "status": has.controller}
+        return [record] if has.controller and names in (None, [record["name"]]) else []
+
+    fake = SimpleNamespace(
+        StatusRefreshMode=SimpleNamespace(AUTO=None),
+        status=status,
+        job_status=job_status,
+        jobs=SimpleNamespace(queue_v2=queue_v2),
+        api_status=lambda ids=None: has.under_way if ids is None else DONE,
+        down=has.ended.append,
+        get=lambda answer: answer,
+    )
+    monkeypatch.setattr(skypilot, "sdk", lambda: fake)
+    return has
+
+
+def job(name, status):
+    return {"job_id": 7, "job_name": name, "status": status}
+
+
+NO_ANSWER = "Failed to connect to jobs controller. Please check the network."
+
+
+def test_a_controller_that_does_not_answer_is_not_taken_for_no_jobs(sky):
+    sky.refusal = ClusterNotUpError(NO_ANSWER, cluster_status=None)
+
+    with pytest.raises(CloudError, match="controller of managed jobs does not answer"):
+        cluster.standing("casallm-a")
+    with pytest.raises(CloudError, match="does not answer"):
+        cluster.end_idle_controller()
+    with pytest.raises(CloudError, match="does not answer"):
+        cluster.end_job("casallm-a")
+
+    assert sky.ended == []
+
+
+@pytest.mark.parametrize(
+    ("controller", "words"),
+    [
+        (None, NO_ANSWER),
+        ("STOPPED", "The jobs controller is stopped."),
+        ("INIT", "No in-progress managed jobs."),
+    ],
+)
+def test_where_there_is_no_controller_yet_there_are_no_jobs(sky, controller, words):
+    sky.controller, sky.refusal = controller, ClusterNotUpError(words, cluster_status=None)
+
+    assert cluster.live_names() == []
+
+
+@pytest.mark.parametrize(
+    ("jobs", "under_way", "status", "is_ended"),
+    [
+        ([job("casallm-a", "SUCCEEDED")], [], "UP", True),
+        ([], [], "UP", True),
+        ([job("casallm-a", "RUNNING")], [], "UP", False),
+        ([job("theirs", "SUCCEEDED")], [], "UP", False),
+        ([], [request("sky.jobs.launch")], "UP", False),
+        ([], [], "STOPPED", False),
+    ],
+)
+def test_a_controller_is_ended_once_it_is_ours_and_idle(sky, jobs, under_way, status, is_ended):
+    sky.jobs, sky.under_way, sky.controller = jobs, under_way, status
+
+    assert cluster.end_idle_controller() == is_ended
+    assert sky.ended == (["sky-jobs-controller-abc"] if is_ended else [])
+
+
+def test_a_job_whose_state_cannot_be_asked_is_not_taken_for_none(sky):
+    sky.job_status = ClusterDoesNotExist("gone")
+    assert cluster.cluster_job_status("casallm-a") == ""
+
+    sky.job_status = ClusterNotUpError("no connection", cluster_status=None)
+    with pytest.raises(CloudError, match="no connection"):
+        cluster.cluster_job_status("casallm-a")
+
+
+def test_a_managed_job_says_where_it_is_and_why_it_failed(sky):
+    failed = {"cloud": "AWS", "region": "us-east-1", "failure_reason": "no quota"}
+    sky.jobs = [job("casallm-a", "FAILED") | failed]
+
+    current = cluster.standing("casallm-a")
+
+    assert (current.where, current.details) == ("AWS us-east-1", "no quota")
+
+
+@pytest.mark.parametrize(("status", "ended"), [("UP", []), ("INIT", ["casallm-a"])])
+def test_a_second_launch_that_fails_ends_no_machine_that_was_up(sky, monkeypatch, status, ended):
+    monkeypatch.setattr(cluster, "_clusters", lambda name: [{"name": name, "status": status}])
+    monkeypatch.setattr(
+        skypilot.sdk(), "Task", SimpleNamespace(from_yaml_config=dict), raising=False
+    )
+    monkeypatch.setattr(skypilot.sdk(), "launch", lambda *_, **__: "request", raising=False)
+    finish = skypilot.finish
+
+    def failing(request, *, what, **more):
+        if what == "launching":
+            raise CloudError("the network is gone")
+        return finish(request, what=what, **more)
+
+    monkeypatch.setattr(skypilot, "finish", failing)
+
+    with pytest.raises(CloudError, match="the network is gone"):
+        cluster.launch_cluster({}, "casallm-a")
+
+    assert sky.ended == ended

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -122,7 +123,7 @@ def test_what_aws_refuses_to_end_is_said(account, monkeypatch):
 @pytest.fixture
 def skypilot(account, monkeypatch, tmp_path):
     """SkyPilot as far as `down` asks it, over moto's AWS: what it has, and what was ended."""
-    has = SimpleNamespace(launches={}, jobs={}, clusters=[], controller=None, others_live=False)
+    has = SimpleNamespace(launches={}, jobs={}, clusters=[], controller=None, is_shared=False)
     ended = []
 
     def standing(name):
@@ -132,6 +133,11 @@ def skypilot(account, monkeypatch, tmp_path):
         ended.append(name)
         has.jobs.pop(name, None)
         has.clusters = [each for each in has.clusters if each != name]
+
+    def end_idle_controller():
+        is_ended = bool(has.controller) and not has.jobs and not has.is_shared
+        has.controller = None if is_ended else has.controller
+        return is_ended
 
     monkeypatch.setattr(aws, "enabled_regions", lambda: list(REGIONS))
     monkeypatch.setattr(down, "SETTLE_SECONDS", 0)
@@ -143,11 +149,10 @@ def skypilot(account, monkeypatch, tmp_path):
         "has_cluster": lambda name: name in has.clusters,
         "known_names": lambda: {*has.jobs, *has.clusters},
         "live_names": lambda: sorted({*has.jobs, *has.clusters}),
-        "has_live_jobs": lambda: bool(has.jobs) or has.others_live,
         "controller": lambda: has.controller,
         "end_job": end,
         "end_cluster": end,
-        "end_controller": lambda: ended.append("controller"),
+        "end_idle_controller": end_idle_controller,
     }.items():
         monkeypatch.setattr(cluster, name, answer)
     return has, ended
@@ -165,7 +170,7 @@ def test_down_ends_job_data_machine_launch_and_controller(skypilot):
 
     result = down.tear_down(RUN)
 
-    assert ended == [NAME, f"{NAME}-data", "controller"]
+    assert ended == [NAME, f"{NAME}-data"]
     assert result.is_clean
     assert result.text(None).splitlines() == [
         f"ended launch of {NAME}",
@@ -176,21 +181,65 @@ def test_down_ends_job_data_machine_launch_and_controller(skypilot):
     ]
 
 
-def test_a_controller_that_watches_somebody_elses_job_stays(skypilot):
-    has, ended = skypilot
-    has.jobs, has.controller, has.others_live = {NAME: RUNNING}, "UP", True
+def test_a_controller_that_has_other_work_stays_and_is_named(skypilot):
+    has, _ = skypilot
+    has.jobs, has.controller, has.is_shared = {NAME: RUNNING}, "UP", True
 
-    down.tear_down(RUN)
-
-    assert ended == [NAME]
+    assert down.tear_down(RUN).text(None).splitlines()[1:] == [
+        "SkyPilot's controller stays: it has other jobs, or had others'",
+        "nothing left",
+    ]
 
 
 def test_an_idle_controller_is_ended_though_nothing_else_runs(skypilot):
-    has, ended = skypilot
+    has, _ = skypilot
     has.controller = "UP"
 
     assert down.tear_down(None).text(None) == "ended SkyPilot's controller\nnothing left"
-    assert ended == ["controller"]
+
+
+def rent_controller(account, region: str) -> str:
+    """A controller as another computer's SkyPilot has it: with a name, and without our label."""
+    return rent(account, region, {"Name": "sky-jobs-controller-abc123-def"})
+
+
+def test_another_computers_controller_makes_the_end_of_an_unknown_run_uncertain(skypilot, account):
+    other = rent_controller(account, "us-west-2")
+
+    lines = down.tear_down(RUN).text(None).splitlines()
+
+    assert lines == [
+        f"controller {other} in us-west-2 is of another computer's SkyPilot: left alone",
+        f"not certain: {NAME} is no launch of this computer's SkyPilot: if another still watches"
+        " it, that one rents again, so run `make down` there",
+        "run `make down` again; the console of the cloud shows the rest",
+    ]
+
+
+@pytest.mark.parametrize("known", [NAME, "sky-jobs-controller-abc123"])
+def test_what_this_computers_skypilot_launched_is_certain(skypilot, account, known):
+    has, _ = skypilot
+    rent_controller(account, "us-west-2")
+    has.jobs = {NAME: replace(RUNNING, status="SUCCEEDED")}
+    has.clusters = [known] if known != NAME else []
+
+    result = down.tear_down(RUN)
+
+    assert (result.is_clean, len(result.notes)) == (True, int(known == NAME))
+
+
+def test_uploads_that_nobody_can_be_at_any_longer_are_ended_with_everything(skypilot, account):
+    aws.create_bucket("casallm-123456789012", "us-east-1")
+    s3 = account.client("s3")
+    s3.create_multipart_upload(Bucket="casallm-123456789012", Key="run/checkpoints/model")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(down, "DEAD_UPLOAD", timedelta(days=40_000))
+        fresh = down.tear_down(None)
+    old = down.tear_down(None)  # for moto every upload was begun in 2010
+
+    assert (fresh.ended, len(old.ended)) == ([], 1)
+    assert "Uploads" not in s3.list_multipart_uploads(Bucket="casallm-123456789012")
 
 
 def test_what_skypilot_cannot_end_is_still_ended_in_aws(skypilot, account, monkeypatch):
@@ -230,10 +279,10 @@ def test_one_thing_that_refuses_to_end_keeps_no_other(skypilot, account, monkeyp
     assert [each for each in result.left if "instance" in each] == [
         f"instance {instances[0]} in us-east-1 (running)"
     ]
-    assert result.problems == (
+    assert result.problems == [
         "AWS does not let you TerminateInstances: attach the policy of"
-        " docs/guides/pretrain-on-aws.md to your user",
-    )
+        " docs/guides/pretrain-on-aws.md to your user"
+    ]
 
 
 def test_a_bucket_that_cannot_be_looked_into_keeps_no_machine_alive(skypilot, account, monkeypatch):
@@ -246,7 +295,7 @@ def test_a_bucket_that_cannot_be_looked_into_keeps_no_machine_alive(skypilot, ac
 
     result = down.tear_down(RUN)
 
-    assert (result.left, result.problems) == ((), ("bucket s3://ours belongs to somebody else",))
+    assert (result.left, result.problems) == ([], ["bucket s3://ours belongs to somebody else"])
 
 
 def test_spot_machines_of_another_computers_skypilot_are_ended_and_not_called_gone(
@@ -256,11 +305,11 @@ def test_spot_machines_of_another_computers_skypilot_are_ended_and_not_called_go
 
     first, second = down.tear_down(RUN), down.tear_down(RUN)
 
-    assert first.left == ()
-    assert first.problems == (
+    assert first.left == []
+    assert first.problems == [
         f"{NAME} is no launch of this computer's SkyPilot: if another still watches it, that one"
-        " rents again, so run `make down` there",
-    )
+        " rents again, so run `make down` there"
+    ]
     assert second.is_clean
 
 
@@ -284,28 +333,25 @@ def test_down_calls_off_a_launcher_that_waits(skypilot):
 @pytest.mark.parametrize(
     ("result", "last"),
     [
-        (TearDown(), "nothing left"),
+        (TearDown(is_proven=True), "nothing left"),
+        (TearDown(), "nothing left that SkyPilot knows of; look into the cloud's console once"),
         (
-            TearDown(is_proven=False),
-            "nothing left that SkyPilot knows of; look into the cloud's console once",
-        ),
-        (
-            TearDown(left=("instance i-1",)),
+            TearDown(left=["instance i-1"]),
             "run `make down` again; the console of the cloud shows the rest",
         ),
     ],
 )
 def test_the_end_says_what_it_proved(result, last):
-    lines = replace(result, ended=("cluster c",)).text(12.5).splitlines()
+    lines = replace(result, ended=["cluster c"]).text(12.5).splitlines()
 
     assert lines[:2] == ["ended cluster c", "the machines of this run cost $12.50"]
     assert lines[-1] == last
 
 
-def test_regions_that_were_not_looked_at_are_named():
-    lines = TearDown(closed=("eu-south-1", "me-south-1")).text(None).splitlines()
+def test_regions_that_were_not_looked_at_are_named(skypilot, monkeypatch):
+    closing(monkeypatch, ["us-east-1"])
 
-    assert lines == [
-        "not looked at, for AWS closes them to you: eu-south-1, me-south-1",
+    assert down.tear_down(RUN).text(None).splitlines() == [
+        "not looked at, for AWS closes it to you: us-east-1",
         "nothing left",
     ]

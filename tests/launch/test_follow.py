@@ -61,7 +61,7 @@ def test_a_bucket_that_cannot_be_read_for_a_moment_ends_no_run(plan, watched, mo
 
 def test_a_job_that_gets_no_machine_in_time_is_given_up(plan, watched, monkeypatch):
     monkeypatch.setattr(follow, "CAPACITY_HOURS", 0)
-    watched(stands=[STARTING])
+    watched(stands=[STARTING] * 5)
 
     with pytest.raises(CloudError) as ended:
         follow.follow(plan)
@@ -70,6 +70,33 @@ def test_a_job_that_gets_no_machine_in_time_is_given_up(plan, watched, monkeypat
         f"no machine began within 0 hours, so {plan.name} was ended: run the same command again,"
         " or add REGION=, GPU= or SPOT=0"
     )
+
+
+@pytest.mark.parametrize("recoveries", [0, 2])
+def test_a_preempted_run_may_wait_for_its_next_machine_as_long_as_it_takes(
+    plan, watched, monkeypatch, recoveries
+):
+    monkeypatch.setattr(follow, "CAPACITY_HOURS", 0)
+    pending = cluster.Standing(kind="job", status="PENDING", recoveries=recoveries)
+    seen_before = [RUNNING] if not recoveries else []
+    watched(stands=[*seen_before, *[pending] * 5, RUNNING, FAILED])
+
+    assert follow.follow(plan).reason == "the job ended (FAILED): it never began"
+
+
+def test_a_run_that_skypilot_misses_for_a_moment_is_not_over(plan, watched):
+    watched(stands=[RUNNING, cluster.Standing(), cluster.Standing(), RUNNING, FAILED])
+
+    assert follow.follow(plan).reason == "the job ended (FAILED): it never began"
+
+
+def test_a_run_that_is_missing_for_minutes_is_over(plan, watched, monkeypatch):
+    monkeypatch.setattr(follow, "MISSING_SECONDS", 0)
+    watched(stands=[RUNNING, *[cluster.Standing()] * 5])
+
+    reason = follow.follow(plan).reason
+
+    assert reason == "the job ended (its machines are gone): it never began"
 
 
 def test_a_finished_run_may_write_its_report_before_its_machine_ends(plan, watched):

@@ -1,3 +1,4 @@
+import json
 import shutil
 import subprocess
 from pathlib import Path
@@ -118,11 +119,19 @@ def test_a_bucket_on_another_continent_is_a_problem(account, plan_of):
     )
 
 
-def test_a_quota_of_zero_is_told_with_the_command_that_asks_for_more(bare_laptop, stub, plan_of):
-    bare_laptop.setenv("AWS_ENDPOINT_URL", stub.url)
-    bare_laptop.setenv("AWS_ACCESS_KEY_ID", "test")
-    bare_laptop.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    stub.body = b'{"Quota": {"Value": 0.0}}'
+@pytest.fixture
+def granted(account, bare_laptop, stub):
+    """AWS as moto has it, with so many vCPUs granted by every quota."""
+    bare_laptop.setenv("AWS_ENDPOINT_URL_SERVICE_QUOTAS", stub.url)
+
+    def grant(vcpus):
+        stub.body = json.dumps({"Quota": {"Value": float(vcpus)}}).encode()
+
+    return grant
+
+
+def test_a_quota_of_zero_is_told_with_the_command_that_asks_for_more(granted, plan_of):
+    granted(0)
 
     found = check_quotas(plan_of(gpu="A100:8", region="us-east-1"))
 
@@ -134,13 +143,22 @@ def test_a_quota_of_zero_is_told_with_the_command_that_asks_for_more(bare_laptop
     )
 
 
-def test_a_quota_that_suffices_is_no_problem(bare_laptop, stub, plan_of):
-    bare_laptop.setenv("AWS_ENDPOINT_URL", stub.url)
-    bare_laptop.setenv("AWS_ACCESS_KEY_ID", "test")
-    bare_laptop.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    stub.body = b'{"Quota": {"Value": 192.0}}'
+@pytest.mark.parametrize(("vcpus", "n_problems"), [(191, 1), (192, 0)])
+def test_a_quota_must_suffice_for_all_nodes(granted, plan_of, vcpus, n_problems):
+    granted(vcpus)
 
-    assert check_quotas(plan_of(gpu="A100:8", nodes=2)).problems == ()
+    assert len(check_quotas(plan_of(gpu="A100:8", nodes=2)).problems) == n_problems
+
+
+def test_small_machines_have_a_quota_too(granted):
+    granted(0)
+
+    problem = aws.quota_problem("g5.xlarge", "us-east-1", is_spot=True, nodes=1)
+
+    assert problem.startswith(
+        "the quota 'All G and VT Spot Instance Requests' in us-east-1 is 0 vCPUs, but 1 x g5.xlarge"
+        " need 4:"
+    )
 
 
 def test_skypilot_that_is_missing_or_too_new_is_told_with_the_install_command(monkeypatch):

@@ -78,12 +78,20 @@ def test_what_cannot_be_looked_at_can_still_be_ended(monkeypatch):
     said = []
     monkeypatch.setattr(session, "status_text", lambda url: _raised_or(StoreError("no bucket")))
     monkeypatch.setattr(session, "confirm", lambda question: True)
-    monkeypatch.setattr(session, "tear_down", lambda url, cloud: TearDown())
+    monkeypatch.setattr(session, "tear_down", lambda url, cloud: TearDown(is_proven=True))
     monkeypatch.setattr(session, "_paid", lambda url: None)
 
     assert session.run_down("s3://ours/x", "aws", is_sure=False, say=said.append) == 0
 
     assert said == ["s3://ours/x, of which little is known (no bucket)", "nothing left"]
+
+
+def test_down_for_a_run_that_never_was_does_not_say_that_nothing_is_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "tear_down", lambda url, cloud: TearDown(is_proven=True))
+    url = str(tmp_path / "typo")
+
+    with pytest.raises(CloudError, match=f"there is no run at {url}, and nothing was rented"):
+        session.run_down(url, "aws", is_sure=True, say=pytest.fail)
 
 
 @pytest.fixture
@@ -93,9 +101,12 @@ def accompanied(plan_of, monkeypatch, tmp_path):
     plan = plan_of(run="s3://ours/x")
     monkeypatch.setattr(session, "RUNS", tmp_path)
     monkeypatch.setattr(session, "_paid", lambda url: 12.5)
+    monkeypatch.setattr(cluster, "last_words", lambda name: done.append("its last words"))
     monkeypatch.setattr(session, "bring_home", lambda url, runs: (runs / "x", 3))
     monkeypatch.setattr(node, "notify", lambda url, text: done.append(f"told {url}"))
-    monkeypatch.setattr(session, "tear_down", lambda url, cloud: done.append("down") or TearDown())
+    monkeypatch.setattr(
+        session, "tear_down", lambda url, cloud: done.append("down") or TearDown(is_proven=True)
+    )
 
     def accompany(ending):
         monkeypatch.setattr(session, "follow", lambda plan: _raised_or(ending))
@@ -141,7 +152,8 @@ def test_a_job_that_waited_in_vain_is_ended_and_told(accompanied):
     code, done = accompanied(CloudError("no machine began within 2 hours"))
 
     assert code == 1
-    assert done[:3] == [
+    assert done[:4] == [
+        "its last words",
         "s3://ours/x: no machine began within 2 hours",
         "told https://hook",
         "down",

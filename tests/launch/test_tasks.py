@@ -80,6 +80,7 @@ def test_skypilot_accepts_every_task(job, sky, monkeypatch):
     task = sky.Task.from_yaml_config(load_task(job), env_overrides=required)
 
     assert all(resources.autostop_config.down for resources in task.resources)
+    assert all(resources.autostop_config.wait_for.name == "JOBS" for resources in task.resources)
     assert all(
         resources.job_recovery["recover_on_exit_codes"] == [75] for resources in task.resources
     )
@@ -90,8 +91,7 @@ def test_skypilot_accepts_a_task_that_the_launcher_has_filled_in(sky):
         name="casallm-x",
         nodes=2,
         is_spot=True,
-        places=[Place("aws/us-east-1", "A100:8"), Place("aws/us-east-2", "H100:8")],
-        max_hourly_usd=30.0,
+        places=[Place("aws/us-east-1", "A100:8", 30.0), Place("aws/us-east-2", "H100:8", 60.0)],
         labels={"casallm-run": "casallm-x"},
         envs={"RUN": "s3://bucket/run"},
         secrets={"WANDB_API_KEY": "key"},
@@ -102,7 +102,7 @@ def test_skypilot_accepts_a_task_that_the_launcher_has_filled_in(sky):
     first, second = task.resources
     assert (first.region, second.region) == ("us-east-1", "us-east-2")
     assert first.use_spot
-    assert first.max_hourly_cost == 30.0
+    assert (first.max_hourly_cost, second.max_hourly_cost) == (30.0, 60.0)
     assert first.labels == {"project": "casallm", "casallm-run": "casallm-x"}
     assert task.num_nodes == 2
 

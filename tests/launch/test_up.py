@@ -3,8 +3,9 @@ import math
 import pytest
 
 from casallm.errors import CloudError
+from casallm.storage.store import open_store
 from launch import cluster, launching, up
-from launch.request import cluster_name
+from launch.request import LaunchRequest, cluster_name, run_labels
 from launch.sky_errors import NoCapacityError
 from launch.up import launch_plan, prepare_task, three_commands, train_task
 
@@ -27,9 +28,12 @@ def test_the_task_carries_the_plan_to_the_node(plan_of):
     assert task["envs"]["RUN"] == "s3://ours/x"
     assert (task["envs"]["BUDGET"], task["envs"]["DEADLINE"]) == ("80", "20")
     assert task["envs"]["OFFERS"].startswith("aws/us-east-1/p4d.24xlarge=6.28")
-    assert task["resources"]["max_hourly_cost"] == plan.max_hourly_usd
     assert task["resources"]["labels"]["casallm-run"] == plan.name
-    assert [each["infra"] for each in task["resources"]["ordered"]] == ["aws/us-east-1"] * 3
+    places = task["resources"]["ordered"]
+    assert [each["infra"] for each in places] == ["aws/us-east-1"] * len(plan.candidates)
+    assert [each["max_hourly_cost"] for each in places] == [
+        pytest.approx(1.5 * candidate.usd_per_hour, abs=0.011) for candidate in plan.candidates
+    ]
 
 
 def test_machines_in_aws_get_no_keys_of_aws(plan_of):
@@ -81,11 +85,49 @@ def skypilot(monkeypatch, tmp_path):
     monkeypatch.setattr(cluster, "cancel_launches", lambda name: False)
     monkeypatch.setattr(cluster, "ends_itself", lambda name: True)
     monkeypatch.setattr(cluster, "cluster_job_status", lambda name: "")
-    monkeypatch.setattr(cluster, "tail", lambda name, follow: 0)
+    monkeypatch.setattr(cluster, "last_words", lambda name: begun.append(f"words of {name}"))
+    monkeypatch.setattr(cluster, "end_idle_controller", lambda: False)
     monkeypatch.setattr(up, "reconcile", lambda plan: begun.append("reconcile"))
     monkeypatch.setattr(up, "CAPACITY_POLL_SECONDS", 0)
     monkeypatch.setattr(up, "PREPARE_POLL_SECONDS", 0)
     return stands, begun
+
+
+def rented(account, plan):
+    """A running machine that carries the label of the plan's run."""
+    ec2 = account.client("ec2", region_name=plan.candidates[0].offer.region)
+    tags = [{"Key": key, "Value": value} for key, value in run_labels(plan.request.run_url).items()]
+    machine = ec2.run_instances(
+        ImageId="ami-12c6146b",
+        MinCount=1,
+        MaxCount=1,
+        InstanceType="p4d.24xlarge",
+        TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
+    )["Instances"][0]["InstanceId"]
+    return lambda: ec2.describe_instances(InstanceIds=[machine])["Reservations"][0]["Instances"][0][
+        "State"
+    ]["Name"]
+
+
+def test_the_machine_of_another_computers_launch_is_not_ended(account, plan_of, monkeypatch):
+    plan = plan_of(run="s3://ours/x")
+    state = rented(account, plan)
+    monkeypatch.setattr(cluster, "known_names", set)
+
+    with pytest.raises(CloudError, match=r"which this computer's SkyPilot did not rent: the run g"):
+        up.reconcile(plan)
+
+    assert state() == "running"
+
+
+def test_the_machine_of_an_earlier_start_is_ended(account, plan_of, monkeypatch):
+    plan = plan_of(run="s3://ours/x")
+    state = rented(account, plan)
+    monkeypatch.setattr(cluster, "known_names", lambda: {plan.name})
+
+    up.reconcile(plan)
+
+    assert state() in ("shutting-down", "terminated")
 
 
 def test_what_an_earlier_start_left_is_ended_before_another_begins(skypilot, plan_of):
@@ -225,7 +267,8 @@ def test_documents_that_give_no_shards_end_their_machine(
     with pytest.raises(CloudError, match="preparing org/words made no shards"):
         launch_plan(plan, {})
 
-    assert begun == [f"{plan.name}-data", f"end {plan.name}-data"]
+    data = f"{plan.name}-data"
+    assert begun == [data, f"words of {data}", f"end {data}"]
 
 
 def test_a_machine_that_vanished_while_it_prepared_is_not_waited_for(skypilot, plan_of, tmp_path):
@@ -234,7 +277,8 @@ def test_a_machine_that_vanished_while_it_prepared_is_not_waited_for(skypilot, p
     with pytest.raises(CloudError, match="the same command goes on where it stopped"):
         launch_plan(plan, {})
 
-    assert begun == ["reconcile", f"{plan.name}-data"]
+    data = f"{plan.name}-data"
+    assert begun == ["reconcile", data, f"words of {data}", f"end {data}"]
 
 
 def test_preparing_that_takes_too_long_is_ended(skypilot, plan_of, tmp_path, monkeypatch):
@@ -247,7 +291,31 @@ def test_preparing_that_takes_too_long_is_ended(skypilot, plan_of, tmp_path, mon
     with pytest.raises(CloudError, match=f"at most {plan.prepare_hours:g} h were allowed"):
         launch_plan(plan, {})
 
-    assert begun == [f"end {plan.name}-data"]  # and no second job beside the one that ran
+    data = f"{plan.name}-data"
+    assert begun == [f"words of {data}", f"end {data}"]  # and no second job beside the one that ran
+
+
+def test_a_server_that_does_not_answer_ends_no_machine_that_prepares(
+    skypilot, plan_of, tmp_path, monkeypatch
+):
+    plan, (stands, begun) = documents(plan_of, tmp_path), skypilot
+    stands[f"{plan.name}-data"] = cluster.Standing(kind="cluster", status="UP")
+    answers = iter(["RUNNING", *[CloudError("slow")] * 5])
+
+    def job_status(name):
+        answer = next(answers, None)
+        if answer is None:
+            open_store(plan.workload.data_url).write("manifest.json", b"{}")
+            answer = "SUCCEEDED"
+        if isinstance(answer, CloudError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(cluster, "cluster_job_status", job_status)
+
+    launch_plan(plan, {})
+
+    assert begun == [f"end {plan.name}-data", plan.name]
 
 
 def test_a_start_that_is_killed_leaves_no_word_that_stops_the_next(skypilot, plan_of, tmp_path):
@@ -268,10 +336,32 @@ def test_several_nodes_ask_for_the_fast_network(plan_of):
     assert (task["num_nodes"], task["resources"]["network_tier"]) == (2, "best")
 
 
-def test_leaving_prints_the_three_commands_that_matter():
-    assert three_commands("s3://ours/x") == (
-        "it goes on without this computer:\n"
-        "  make status RUN=s3://ours/x\n"
-        "  make logs RUN=s3://ours/x\n"
-        "  make down RUN=s3://ours/x"
-    )
+@pytest.mark.parametrize(
+    ("cloud", "is_launched", "lines"),
+    [
+        (
+            "aws",
+            True,
+            [
+                "it goes on without this computer, also while it waits for a machine:",
+                "  make status RUN=s3://ours/x",
+                "  make logs RUN=s3://ours/x",
+                "  make down RUN=s3://ours/x",
+            ],
+        ),
+        (
+            "lambda",
+            False,
+            [
+                "it is not launched yet: the same command again goes on, or",
+                "  make status RUN=s3://ours/x",
+                "  make logs RUN=s3://ours/x",
+                "  make down RUN=s3://ours/x CLOUD=lambda",
+            ],
+        ),
+    ],
+)
+def test_leaving_prints_the_three_commands_that_matter(cloud, is_launched, lines):
+    request = LaunchRequest(run="s3://ours/x", cloud=cloud)
+
+    assert three_commands(request, is_launched=is_launched).splitlines() == lines
