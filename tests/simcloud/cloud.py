@@ -67,8 +67,8 @@ class SimulatedCloud:
         self.folder = ownership.claim()
         self.home = self.folder / "home"
         self.has_nodes, self.has_spot, self.is_bare = has_nodes, has_spot, is_bare
-        self.endpoint = f"http://127.0.0.1:{_free_port()}"
-        self.server_port = _free_server_port()
+        moto, self.server_port, self._queue_port = _free_ports()
+        self.endpoint = f"http://127.0.0.1:{moto}"
         self.image_root = Path(
             os.environ.get("SIMCLOUD_ROOT", Path(tempfile.gettempdir()) / "casallm-simcloud")
         )
@@ -91,6 +91,7 @@ class SimulatedCloud:
             "AWS_DEFAULT_REGION": "us-east-1",
             "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
             "SKYPILOT_API_SERVER_LOCAL_PORT": str(self.server_port),
+            "SIMCLOUD_QUEUE_PORT": str(self._queue_port),
             "SIMCLOUD_ROOT": str(self.image_root),
             ownership.MARK: str(self.folder),
             **({} if self.has_nodes else {"SIMCLOUD_NO_NODES": "1"}),
@@ -200,10 +201,10 @@ class SimulatedCloud:
         path = self.folder / "refusals"
         return len(path.read_text().splitlines()) if path.exists() else 0
 
-    def live_instances(self) -> list[str]:
-        """The ids of the instances that are not terminated, in all regions."""
+    def live_instances(self, *regions: str) -> list[str]:
+        """The ids of the instances that are not terminated, in the regions given or all."""
         found = []
-        for region in nodes.REGIONS:
+        for region in regions or nodes.REGIONS:
             for page in self.client("ec2", region).describe_instances()["Reservations"]:
                 found += [
                     instance["InstanceId"]
@@ -283,21 +284,13 @@ def _furnish(cloud: SimulatedCloud) -> None:
     iam.add_role_to_instance_profile(InstanceProfileName="skypilot-v1", RoleName="skypilot-v1")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _free_server_port() -> int:
-    """A port for SkyPilot's API server, below those that outgoing connections take.
-
-    Its queue has another, which follows from it (`sky.server.requests.queues.mp_queue`).
-    """
+def _free_ports() -> tuple[int, int, int]:
+    """Three ports below those that connections take, so that nobody has one when it is needed."""
     while True:
-        port = random.SystemRandom().randrange(20000, 30000)
-        if _is_free(port) and _is_free(50000 + (11 + port - 46580) % 10000):
-            return port
+        first = random.SystemRandom().randrange(20000, 32000, 3)
+        ports = first, first + 1, first + 2
+        if all(_is_free(port) for port in ports):
+            return ports
 
 
 def _is_free(port: int) -> bool:

@@ -51,6 +51,9 @@ def clear(folder: Path) -> None:
         subprocess.run(["ip", "netns", "del", network], check=False, stderr=subprocess.DEVNULL)
     with contextlib.suppress(OSError):
         shutil.rmtree((folder / "nodes").resolve(), ignore_errors=True)
+    if os.environ.get("SIMCLOUD_KEEP"):
+        shutil.move(folder, folder.with_name(f"kept-{folder.name}"))
+        return
     for _ in range(20):  # a process that dies may still write
         shutil.rmtree(folder, ignore_errors=True)
         if not folder.exists():

@@ -4,7 +4,8 @@ On PYTHONPATH of the API server and of everything it starts. Before a managed jo
 its controller asks two public addresses whether the network is up, and waits for ever when they
 do not answer: here it asks the simulated cloud instead. Two processes that watch managed jobs do
 instead of the dozen that a computer's memory would hold. A client waits a minute for a server that
-is busy, not 7.5 seconds, before it takes it for dead and tries to start another in its place. With
+is busy, not 7.5 seconds, before it takes it for dead and tries to start another in its place. The
+server's queue has a port that no connection of this machine can have taken. With
 SIMCLOUD_SKIP_BRINGUP set, machines count as ready as soon as EC2 says that they run: nothing is
 sent to them. With SIMCLOUD_NO_NODES, rsync need not be installed: nothing is copied anywhere. With
 SIMCLOUD_SKIP_DAEMONS the server does not look after clusters by itself.
@@ -29,6 +30,10 @@ def _patch_controllers(module):
 def _patch_patience(module):
     module.RETRY_COUNT_ON_TIMEOUT = 24
     module.WAIT_APISERVER_START_TIMEOUT_SEC = 300
+
+
+def _patch_queue(module):
+    module.get_queue_manager_port = lambda: int(os.environ["SIMCLOUD_QUEUE_PORT"])
 
 
 def _patch_daemons(module):
@@ -57,6 +62,7 @@ PATCHES = {
     "sky.backends.backend_utils": _patch_backend,
     "sky.utils.controller_utils": _patch_controllers,
     "sky.server.common": _patch_patience,
+    "sky.server.requests.queues.mp_queue": _patch_queue,
 }
 if os.environ.get("SIMCLOUD_SKIP_DAEMONS"):
     PATCHES["sky.server.daemons"] = _patch_daemons
