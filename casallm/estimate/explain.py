@@ -53,16 +53,22 @@ def _work(estimate: Estimate) -> list[str]:
 
 
 def _machine(setup: Setup) -> list[str]:
-    shards = (
-        "the state is sharded" if setup.sharding != "ddp" else "every GPU holds the whole model"
-    )
-    return [
+    shards = "every GPU holds the whole model"
+    if setup.sharding != "ddp":
+        shards = "the state is sharded"
+    lines = [
         f"Machine   {setup.n_gpus} x {setup.hardware.name},"
         f" {setup.hardware.peak_flops / 1e12:.0f} TFLOP/s peak each, of which large products"
         f" sustain {setup.hardware.sustained_fraction:.0%}",
         f"Layout    micro-batch {setup.micro_batch_size} x {setup.context_length} tokens, global"
         f" batch {setup.global_batch_size}, recompute {setup.recompute}; {shards}",
     ]
+    if setup.sequence_split * setup.stages > 1:
+        lines.append(
+            f"          {setup.sequence_split} GPUs share a sequence, {setup.stages} stages of a"
+            " pipeline share the blocks"
+        )
+    return lines
 
 
 def _memory(setup: Setup) -> list[str]:

@@ -146,6 +146,22 @@ def test_the_arithmetic_reads_like_this(answer: Estimate):
     assert format_explain(answer) == EXPLAIN.rstrip("\n")
 
 
+def test_the_arithmetic_says_how_a_model_is_split(few_prices):
+    config = NAMED_SIZES["175b"]
+    request = EstimateRequest(
+        config=config,
+        tokens=10**9,
+        hardware=GPUS["H100"],
+        n_gpus=8,
+        n_nodes=16,
+        usd_per_gpu_hour=2.0,
+    )
+
+    text = format_explain(estimate(request))
+
+    assert "4 GPUs share a sequence, 8 stages of a pipeline share the blocks" in text
+
+
 @pytest.mark.parametrize("is_spot", [True, False])
 @pytest.mark.parametrize("cloud", ["aws", "runpod", "nebius"])
 def test_the_bill_can_be_done_again_by_hand(cloud: str, is_spot: bool):
