@@ -131,7 +131,8 @@ def doubts(estimate: Estimate) -> list[str]:
 
 def _what_casallm_lacks(setup: Setup) -> str:
     lacking = {
-        "state sharded over the GPUs": setup.sharding != "ddp",
+        "state sharded over the GPUs": setup.sharding == "fsdp",
+        "tensor or pipeline parallelism": setup.sharding == "model",
         "recomputation of activations": setup.recompute != "none",
         "fp8": setup.precision == "fp8",
     }

@@ -298,12 +298,14 @@ def test_json_rate_is_of_the_whole_job():
     ("name", "context_length", "wishes", "lacking"),
     [
         ("13b", 2048, Wishes(), "state sharded over the GPUs and no recomputation"),
+        ("175b", 2048, Wishes(), "tensor or pipeline parallelism"),
         ("1.2b", 65_536, Wishes(), "recomputation of activations"),
         ("1.2b", 2048, Wishes(precision="fp8"), "fp8"),
     ],
 )
 def test_what_casallms_own_trainer_lacks_is_said(name, context_length, wishes, lacking):
-    machine = {"hardware": GPUS["H100"], "n_gpus": 8, "usd_per_gpu_hour": 2.0}
+    n_nodes = 16 if name == "175b" else 1
+    machine = {"hardware": GPUS["H100"], "n_gpus": 8, "usd_per_gpu_hour": 2.0, "n_nodes": n_nodes}
     request = EstimateRequest(
         config=NAMED_SIZES[name], context_length=context_length, wishes=wishes, **machine
     )
