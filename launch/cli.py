@@ -1,9 +1,10 @@
-"""`python -m launch`: up, status, logs, down; and price and notify, which run on the node."""
+"""`python -m launch`: up, status, logs, down; and on the node begin, price and notify."""
 
 import io
 import logging
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -151,6 +152,16 @@ def down(
     from launch.session import run_down
 
     raise typer.Exit(run_down(_url(run, bucket) if run else None, cloud, is_sure=yes, say=print))
+
+
+@app.command()
+def begin(run: Annotated[str, typer.Argument(help="The run's URL.")]) -> None:
+    """Refuse to begin a run whose machine came too late (on the first node, by LAUNCHED_AT)."""
+    from casallm.storage.store import open_store
+    from launch.node import require_in_time
+
+    if os.environ.get("SKYPILOT_NODE_RANK", "0") == "0":
+        require_in_time(open_store(run), os.environ.get("LAUNCHED_AT", ""), time.time())
 
 
 @app.command()

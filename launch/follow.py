@@ -10,9 +10,9 @@ from casallm.errors import CasallmError, CloudError
 from casallm.storage.store import open_store
 from casallm.units import format_usd
 from launch import cluster
-from launch.plan import CAPACITY_HOURS, Plan
+from launch.plan import Plan
 from launch.progress import RunProgress, read_progress
-from launch.request import cluster_name
+from launch.request import CAPACITY_HOURS, cluster_name
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,6 @@
-"""What a task asks the launcher while it runs on the node: what this machine costs, whom to tell.
+"""What a task asks the launcher on the node: may it begin, what this machine costs, whom to tell.
 
-`tasks/*.yaml` call these as `python -m launch price` and `python -m launch notify`. Neither may
+`tasks/*.yaml` call these as `python -m launch begin`, `price` and `notify`. The last two may not
 stop a job: what cannot be found out is left empty and said on stderr.
 """
 
@@ -13,7 +13,11 @@ import urllib.request
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
+from casallm.errors import CloudError
 from casallm.estimate.prices import hourly_price, load_prices
+from casallm.storage.store import Store
+from casallm.train.attempts import read_chain
+from launch.request import CAPACITY_HOURS
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +25,9 @@ METADATA = "http://169.254.169.254/latest"
 """AWS's metadata service, as seen from every instance."""
 
 EXIT_AGAIN = 75
+
+SETUP_HOURS = 1.0
+"""From a machine that was got in time to the run's first start: boot, installation, retries."""
 
 _TIMEOUT_SECONDS = 5.0
 
@@ -95,6 +102,24 @@ def listed_price(cloud: str, region: str, instance: str, *, is_spot: bool) -> fl
     return None
 
 
+def require_in_time(run: Store, launched_at: str, now: float) -> None:
+    """CloudError where a machine came so late that nobody expects the run to begin any more.
+
+    `launched_at` (seconds since the epoch; empty for a task launched by hand) begins the wait that
+    the plan stated. A run that has begun since then may be recovered at any time.
+    """
+    if not launched_at:
+        return
+    since = float(launched_at)
+    hours = (now - since) / 3600
+    if hours < CAPACITY_HOURS + SETUP_HOURS or _has_begun_since(run, since):
+        return
+    raise CloudError(
+        f"the machine came {hours:.1f} h after the launch of {run.url}, which was to wait"
+        f" {CAPACITY_HOURS:g} h for one: nothing is trained, run the same command again"
+    )
+
+
 def notify(url: str, text: str) -> bool:
     """Post `text` to a webhook (`{"text": ...}`, as Slack, Mattermost and Teams take it)."""
     body = json.dumps({"text": text}).encode()
@@ -117,6 +142,12 @@ def ending_text(run: str, exit_code: int, reason: str | None) -> str | None:
     if exit_code == 0:
         return f"casallm: {run} is finished: {reason or 'done'}"
     return f"casallm: {run} failed (exit code {exit_code}): see `make logs RUN={run}`"
+
+
+def _has_begun_since(run: Store, since: float) -> bool:
+    links = read_chain(run).links
+    began = links[0].attempt.info.get("time") if links else None
+    return bool(links) and (not began or datetime.fromisoformat(str(began)).timestamp() >= since)
 
 
 def _cluster(env: Mapping[str, str]) -> dict[str, object]:

@@ -45,9 +45,6 @@ PREPARE_FACTOR, PREPARE_LEAST_HOURS = 4.0, 2.0
 PREPARE_LIMIT_USD = 2 * PREPARE_USD_PER_HOUR
 """Dollars an hour of the machine that prepares data, beyond which SkyPilot takes none."""
 
-CAPACITY_HOURS = 2.0
-"""How long the launcher waits for machines before it gives up."""
-
 SERVICES = ("data preparation", "disk", "object storage", "controller", "egress", "requests")
 """Items of the bill that the run's own budget does not count: it pays for machines by the hour."""
 

@@ -5,6 +5,7 @@ so that a person sees all of them together.
 """
 
 import importlib.metadata
+import math
 import secrets
 import shutil
 import subprocess
@@ -13,13 +14,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from casallm.config import Tree, to_tree
 from casallm.data.manifest import parse_manifest
 from casallm.errors import CasallmError, StoreExistsError, StoreNotFoundError
 from casallm.storage.store import open_store
 from casallm.units import format_count
 from launch import aws
 from launch.plan import Plan
-from launch.progress import read_progress
+from launch.progress import read_identity, read_progress
 from launch.request import ACCOUNT
 from launch.tasks import CHECKOUT
 
@@ -72,8 +74,9 @@ def preflight(plan: Plan, around: Surroundings) -> Findings:
     if plan.workload.data == "shards":
         workload = plan.workload
         checks.append(lambda: check_data(workload.data_url, workload.config.vocab_size))
+    checks.append(lambda: check_run(plan))
     if base_url := plan.request.base_url:
-        checks.append(lambda: check_base(base_url))
+        checks.append(lambda: check_base(plan, base_url))
     with ThreadPoolExecutor(len(checks), thread_name_prefix="preflight") as executor:
         results = list(executor.map(_guarded, checks))
     found = sum(results, start=Findings())
@@ -220,13 +223,58 @@ def check_data(url: str, vocab_size: int) -> Findings:
     return Findings(tuple(problems), (f"{url} holds {tokens} tokens of training data",))
 
 
-def check_base(url: str) -> Findings:
-    """The run that an assistant is made of has a checkpoint."""
-    if read_progress(open_store(url)).checkpoint:
+def check_run(plan: Plan) -> Findings:
+    """A run that was begun at this URL is this run, not one of the same name."""
+    url = plan.request.run_url
+    if ACCOUNT in url:
+        url = url.replace(ACCOUNT, aws.account_id())
+    identity = read_identity(open_store(url))
+    differences = [] if plan.request.job == "sft" else _other_shape(identity, plan)
+    steps = str(_section(identity, "train").get("steps", ""))
+    planned = math.ceil(plan.workload.tokens / plan.workload.batch_tokens)
+    if plan.workload.is_length_given and steps.isdigit() and abs(int(steps) - planned) > 1:
+        differences.append(f"train.steps is {steps} there and {planned} here")
+    if not differences:
         return Findings()
     return Findings(
-        (f"there is no checkpoint of a run at {url}: name a pretrained one with FROM=s3://…",)
+        (
+            f"{url} is a run of other settings ({'; '.join(differences[:3])}): give this one"
+            " another name with RUN=, or the settings of that one",
+        )
     )
+
+
+def check_base(plan: Plan, url: str) -> Findings:
+    """The run that an assistant is made of has a checkpoint, and the size of the plan."""
+    base = open_store(url)
+    if not read_progress(base).checkpoint:
+        return Findings(
+            (f"there is no checkpoint of a run at {url}: name a pretrained one with FROM=s3://…",)
+        )
+    differences = _other_shape(read_identity(base), plan)
+    if not differences:
+        return Findings()
+    return Findings(
+        (
+            f"{url} is not of the planned size ({'; '.join(differences[:3])}): add the PRESET= or"
+            " PARAMS= that it was made with",
+        )
+    )
+
+
+def _other_shape(identity: Tree, plan: Plan) -> list[str]:
+    """Where the model of a run is not the planned one."""
+    there = _section(identity, "model")
+    return [
+        f"model.{name} is {there[name]} there and {here} here"
+        for name, here in to_tree(plan.workload.config).items()
+        if name in there and str(there[name]).lower() != str(here).lower()
+    ]
+
+
+def _section(identity: Tree, name: str) -> Tree:
+    section = identity.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _far_away(bucket: str, region: str, regions: list[str]) -> list[str]:

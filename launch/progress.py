@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from casallm.config import parse_yaml
+from casallm.config import Tree, parse_yaml
 from casallm.errors import StoreNotFoundError
 from casallm.storage.store import Store
 from casallm.train.attempts import Chain, list_committed, read_chain
@@ -115,13 +115,18 @@ def _usd_per_step(metrics: list[dict[str, Any]]) -> float | None:
     return float(paid[-1][1] - paid[0][1]) / (paid[-1][0] - paid[0][0])
 
 
-def _steps(run: Store) -> int | None:
-    """How long the run is to be, from its own configuration."""
+def read_identity(run: Store) -> Tree:
+    """What the run computes, by its own `config.yaml`, every value as text; {} without one."""
     try:
         text = run.read("config.yaml").decode("utf-8", "replace")
     except StoreNotFoundError:
-        return None
-    steps = parse_yaml(text, where=f"{run.url}/config.yaml")
-    for key in ("identity", "train", "steps"):
-        steps = steps.get(key, {}) if isinstance(steps, dict) else {}
+        return {}
+    identity = parse_yaml(text, where=f"{run.url}/config.yaml").get("identity")
+    return identity if isinstance(identity, dict) else {}
+
+
+def _steps(run: Store) -> int | None:
+    """How long the run is to be."""
+    train = read_identity(run).get("train")
+    steps = train.get("steps") if isinstance(train, dict) else None
     return int(steps) if isinstance(steps, str) and steps.isdigit() else None

@@ -22,6 +22,9 @@ ACCOUNT = "ACCOUNT"
 DEFAULT_PRESET = "350m"
 """What is trained in a cloud when no size is given: the reference model."""
 
+CAPACITY_HOURS = 2.0
+"""How long machines are waited for: by the launcher, and by a spot run that was left to itself."""
+
 PROJECT = {"project": "casallm"}
 """The label of everything that is rented for any run."""
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from casallm.estimate.cost import Interval
 from casallm.units import format_count, format_usd
-from launch.plan import CAPACITY_HOURS, SPOT_HEADROOM, UNTESTED_CLOUDS, Candidate, Plan
+from launch.plan import SPOT_HEADROOM, UNTESTED_CLOUDS, Candidate, Plan
+from launch.request import CAPACITY_HOURS
 
 _DATA = {
     "builtin": "the built-in corpus, prepared on the machine in about a minute",
@@ -73,12 +74,12 @@ def _fallbacks(plan: Plan) -> list[str]:
 
 
 def _worst(plan: Plan) -> list[str]:
-    worst = f"{format_usd(plan.worst_usd)}, all of the above included"
+    worst = format_usd(plan.worst_usd)
     if not plan.request.is_spot:
-        return [worst]
+        return [f"{worst}, all of the above included"]
     return [
-        f"{worst}, at spot prices of the hour in which each machine is got;",
-        f"{format_usd(plan.worst_market_usd)} if they rose at once to the price on demand",
+        f"{worst} in all, at the spot price of the hour in which each machine is got;",
+        f"{format_usd(plan.worst_market_usd)} if that rose at once to the price on demand",
     ]
 
 

@@ -17,8 +17,8 @@ from casallm.errors import CloudError
 from casallm.storage.store import open_store
 from launch import aws, cluster, launching
 from launch.launching import Announcement
-from launch.plan import CAPACITY_HOURS, PREPARE_LIMIT_USD, Plan
-from launch.request import LaunchRequest, data_machine, machine_names, run_labels
+from launch.plan import PREPARE_LIMIT_USD, Plan
+from launch.request import CAPACITY_HOURS, LaunchRequest, data_machine, machine_names, run_labels
 from launch.sky_errors import NoCapacityError
 from launch.tasks import Overrides, Tree, load_task, override
 
@@ -87,6 +87,7 @@ def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
         "OFFERS": plan.offers_text(),
         "SETTINGS": " ".join(request.settings),
         "RANKS": str(request.ranks or ""),
+        "LAUNCHED_AT": f"{time.time():.0f}",
         "NOTICES": request.cloud if request.cloud in NOTICES else "off",
     }
     if request.job == "sft":

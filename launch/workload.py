@@ -50,6 +50,8 @@ class Workload:
     batch_tokens: int
     """Tokens of an optimizer step."""
     tokens: int
+    is_length_given: bool
+    """Whether somebody asked for so many; the trainer may shorten a run otherwise."""
     data: DataKind
     data_url: str
     """Where its shards are or will be; empty for the built-in corpus."""
@@ -85,14 +87,14 @@ def read_workload(request: LaunchRequest) -> Workload:
     context_length = _whole(settings, "context_length")
     batch_tokens = _whole(settings, "global_batch_size") * context_length
     kind, url = _data(request)
+    has_steps = "steps" in asked.get("train", {})
     return Workload(
         size=(request.params or request.preset or DEFAULT_PRESET).lower(),
         config=config,
         context_length=context_length,
         batch_tokens=batch_tokens,
-        tokens=_tokens(
-            request, settings, batch_tokens, is_length_given="steps" in asked.get("train", {})
-        ),
+        tokens=_tokens(request, settings, batch_tokens, is_length_given=has_steps),
+        is_length_given=has_steps or bool(request.tokens),
         data=kind,
         data_url=url,
     )

@@ -1,7 +1,11 @@
 import json
+import time
 
 import pytest
 
+from casallm.errors import CloudError
+from casallm.storage.store import open_store
+from casallm.train.attempts import claim
 from launch import node
 
 CLUSTER = '{"cluster_name": "c", "cloud": "AWS", "region": "us-east-1", "zone": "us-east-1a"}'
@@ -74,6 +78,38 @@ def test_without_a_metadata_service_the_dearest_offer_of_the_region_counts(monke
     offers = f"{OFFERS},aws/us-east-1/p5.48xlarge=14.25"
 
     assert node.planned_price(offers, "aws", "us-east-1", "") == 14.25
+
+
+HOUR = 3600.0
+
+
+@pytest.fixture
+def run(tmp_path):
+    return open_store(str(tmp_path / "run"))
+
+
+def test_a_machine_that_comes_in_time_may_begin(run):
+    node.require_in_time(run, "1000", now=1000 + 2.9 * HOUR)
+    node.require_in_time(run, "", now=10**9)  # launched by hand
+
+
+def test_a_machine_that_comes_when_nobody_expects_it_trains_nothing(run):
+    with pytest.raises(CloudError) as refused:
+        node.require_in_time(run, "1000", now=1000 + 30 * HOUR)
+
+    assert str(refused.value) == (
+        f"the machine came 30.0 h after the launch of {run.url}, which was to wait 2 h for one:"
+        " nothing is trained, run the same command again"
+    )
+
+
+def test_a_run_that_has_begun_since_its_launch_may_be_recovered_at_any_time(run):
+    launched_at = time.time() - 60
+    claim(run, parent=None)
+
+    node.require_in_time(run, f"{launched_at:.0f}", now=launched_at + 1000 * HOUR)
+    with pytest.raises(CloudError):  # what began before counts for another launch
+        node.require_in_time(run, f"{launched_at + 600:.0f}", now=launched_at + 1000 * HOUR)
 
 
 def test_the_webhook_gets_one_message(stub):

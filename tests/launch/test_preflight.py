@@ -8,13 +8,17 @@ import pytest
 from casallm.data.prepare import prepare
 from casallm.data.sources import open_source
 from casallm.errors import CloudError, ConfigError, DataError
+from casallm.storage.store import open_store
+from casallm.train.attempts import claim
 from launch import aws
 from launch.preflight import (
     Surroundings,
+    check_base,
     check_bucket,
     check_data,
     check_keys,
     check_quotas,
+    check_run,
     check_skypilot,
     check_tree,
     preflight,
@@ -285,6 +289,53 @@ def test_an_assistant_needs_a_run_to_start_from(account, plan_of):
     assert (
         "there is no checkpoint of a run at s3://ours/350m: name a pretrained one with FROM=s3://…"
         in found.problems
+    )
+
+
+CONFIG = """
+identity:
+  model: {{family: classic, n_layers: {n_layers}, d_model: 1024, is_tied: true}}
+  train: {{steps: {steps}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("n_layers", "steps", "words"),
+    [
+        (24, 19074, None),  # 10B tokens of 524,288 a step, as asked
+        (24, 1908, "train.steps is 1908 there and 19074 here"),
+        (12, 19074, "model.n_layers is 12 there and 24 here"),
+    ],
+)
+def test_a_run_of_the_same_name_and_other_settings_is_not_continued(
+    plan_of, tmp_path, n_layers, steps, words
+):
+    plan = plan_of(run=f"file://{tmp_path}/350m", preset="350m", tokens="10B")
+    text = CONFIG.format(n_layers=n_layers, steps=steps)
+    open_store(plan.request.run_url).write("config.yaml", text.encode())
+
+    problems = check_run(plan).problems
+
+    assert problems == (
+        (
+            f"{plan.request.run_url} is a run of other settings ({words}): give this one another"
+            " name with RUN=, or the settings of that one",
+        )
+        if words
+        else ()
+    )
+
+
+def test_a_base_of_another_size_than_planned_is_told(plan_of, tmp_path):
+    base = open_store(str(tmp_path / "base"))
+    claim(base, parent=None)
+    base.write("checkpoints/step-00000001-a1/manifest.json", b"{}")
+    base.write("config.yaml", CONFIG.format(n_layers=12, steps=1).encode())
+    plan = plan_of(job="sft", start_from="s3://ours/base", preset="350m", is_spot=False)
+
+    assert check_base(plan, base.url).problems == (
+        f"{base.url} is not of the planned size (model.n_layers is 12 there and 24 here): add the"
+        " PRESET= or PARAMS= that it was made with",
     )
 
 

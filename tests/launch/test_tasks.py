@@ -41,7 +41,7 @@ def words_of(job: str, home: Path, *, given: dict[str, str], cluster: dict[str, 
     python = home / "casallm-venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(
-        '#!/bin/bash\n[ "$3" != price ] || { echo 21.96; exit; }\n[ "$2" = casallm ] || exit\n'
+        '#!/bin/bash\n[ "$3" != price ] || { echo 21.96; exit; }\n[ "$2" = casallm ] || exit 0\n'
         'shift 2\nprintf \'%s\\0\' "$@" > "$HOME/words"\n'
     )
     python.chmod(0o755)
