@@ -16,7 +16,7 @@ from casallm.estimate.estimator import EstimateRequest, OfferEstimate, estimate
 from casallm.estimate.hardware import Hardware, parse_gpu
 from casallm.estimate.layout import Wishes
 from casallm.estimate.prices import Offer, Prices, choose_offers, hourly_price, load_prices
-from casallm.units import parse_hours, parse_usd
+from casallm.units import format_usd, parse_hours, parse_usd
 from launch.request import LaunchRequest, cluster_name
 from launch.tasks import Place, accelerators_of, load_task
 from launch.workload import Workload, read_workload
@@ -134,18 +134,27 @@ class Plan:
 
         The budget counts those; it does not count how machines end, nor the services.
         """
-        rate = self.most_hourly_usd * self.request.nodes
-        by_budget = self.budget_usd * (1 + OVERSHOOT_FRACTION) + rate * OVERSHOOT_SECONDS / 3600
-        return self._worst(by_budget)
+        return self._worst(self.budget_usd)
 
     @property
     def worst_market_usd(self) -> float:
         """The same if spot machines, got at the listed price, rose to that on demand at once."""
         rise = max(_on_demand_usd(c.offer) / c.usd_per_hour for c in self.candidates)
-        return self._worst(max(1.0, rise) * self.budget_usd * (1 + OVERSHOOT_FRACTION))
+        return self._worst(max(1.0, rise) * self.budget_usd)
 
-    def _worst(self, by_budget: float) -> float:
+    @property
+    def is_budget_short(self) -> bool:
+        """Whether the budget may be spent before the first step."""
+        return self.budget_usd < self.startup_usd
+
+    @property
+    def startup_usd(self) -> float:
+        """Of boot, installation, data and compilation, which come before the first step."""
+        return self._usd_of("startup")
+
+    def _worst(self, budget_usd: float) -> float:
         rate = self.most_hourly_usd * self.request.nodes
+        by_budget = budget_usd * (1 + OVERSHOOT_FRACTION) + rate * OVERSHOOT_SECONDS / 3600
         by_deadline = rate * (self.deadline_hours + OVERSHOOT_SECONDS / 3600)
         ending = rate * ENDING_SECONDS / 3600
         return round(min(by_budget, by_deadline) + ending + self.usd_outside_budget, 2)
@@ -186,7 +195,7 @@ def build_plan(request: LaunchRequest, prices: Prices | None = None) -> Plan:
         workload=workload,
         candidates=tuple(_candidates(affordable, known, request)),
         best=best,
-        budget_usd=_budget(request, own_p90),
+        budget_usd=_budget(request, own_p90, best.job.usd_per_hour),
         deadline_hours=_deadline(request, best.bill.hours.p90),
         prices=known,
     )
@@ -271,9 +280,16 @@ def _candidates(
         yield from sold[:REGIONS_PER_GPU]
 
 
-def _budget(request: LaunchRequest, own_p90: float) -> float:
+def _budget(request: LaunchRequest, own_p90: float, usd_per_hour: float) -> float:
+    """The budget that was asked for, or one that nine of ten runs do not reach."""
     if request.budget:
-        return parse_usd(request.budget, what="BUDGET")
+        usd = parse_usd(request.budget, what="BUDGET")
+        if usd < usd_per_hour / 60:
+            raise ConfigError(
+                f"BUDGET is {format_usd(usd)}, less than a minute of the cheapest machine of the"
+                f" plan at {format_usd(usd_per_hour)}/h: give more, or a cheaper machine with GPU="
+            )
+        return usd
     return float(max(1, math.ceil(BUDGET_FACTOR * own_p90)))
 
 

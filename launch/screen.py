@@ -31,6 +31,7 @@ def format_plan(plan: Plan) -> str:
         *(("", f"{item.name:<18}{format_usd(item.usd):>10}") for item in plan.items()),
         ("ends itself", f"at {format_usd(plan.budget_usd)} or hour {plan.deadline_hours:g}:"),
         ("", "the node anneals, saves and stops, whatever becomes of this computer"),
+        *_warnings(plan),
         *zip(("worst case", ""), _worst(plan), strict=False),
         ("prices", f"{plan.prices.source}, {plan.prices.as_of}"),
     ]
@@ -71,6 +72,13 @@ def _fallbacks(plan: Plan) -> list[str]:
         f"each up to {SPOT_HEADROOM:g} times its listed price; billed at the market's, never above"
         f" {most}/h",
     ]
+
+
+def _warnings(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.is_budget_short:
+        return []
+    usd = format_usd(plan.startup_usd)
+    return [("", f"that may be before the first step: to start costs about {usd}")]
 
 
 def _worst(plan: Plan) -> list[str]:

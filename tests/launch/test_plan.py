@@ -107,6 +107,16 @@ def test_the_worst_case_is_the_budget_and_what_the_budget_does_not_count(plan_of
     assert plan.worst_usd == pytest.approx(most, abs=0.01)
 
 
+def test_a_budget_that_hardly_starts_the_machine_says_so(plan_of):
+    short, enough = (
+        format_plan(plan_of(tokens="10B", gpu="A100:8", is_spot=False, budget=budget))
+        for budget in ("1", "100")
+    )
+
+    words = "that may be before the first step: to start costs about $2.93"
+    assert (words in short, words in enough) == (True, False)
+
+
 def test_a_market_that_rises_at_once_multiplies_what_the_budget_counts(plan_of):
     spot, on_demand = (
         plan_of(tokens="10B", gpu="A100:8", budget="100", deadline="1000h", is_spot=each)
@@ -224,6 +234,10 @@ def test_settings_change_what_is_estimated(plan_of):
         ({"preset": "350m", "params": "1B"}, "PRESET and PARAMS both choose the size"),
         ({"params": "1.2Q"}, "PARAMS '1.2Q' ends in 'Q'"),
         ({"budget": "much"}, "BUDGET 'much' is not a"),
+        (
+            {"budget": "0.01", "gpu": "A100:8", "is_spot": False},
+            "BUDGET is $0.010, less than a minute of the cheapest machine of the plan at $21.96/h:",
+        ),
         ({"deadline": "soon"}, "DEADLINE 'soon' is not a"),
         ({"job": "sft"}, "sft starts from a run: add FROM="),
         ({"cloud": "awz"}, "there is no cloud 'awz' (clouds: aws, lambda,"),
