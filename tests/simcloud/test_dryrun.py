@@ -1,6 +1,7 @@
 """The real optimizer of SkyPilot chooses among our tasks' machines: no node, no network."""
 
 import json
+import socket
 import sys
 
 import pytest
@@ -20,7 +21,21 @@ DRY_RUNS = {
 
 
 @pytest.fixture(scope="module")
-def shown(control_plane):
+def usual_port():
+    """Who listens where a person's own server would; None if that one is there."""
+    with socket.socket() as listener:
+        try:
+            listener.bind(("127.0.0.1", 46580))
+        except OSError:
+            yield None
+            return
+        listener.listen()
+        listener.setblocking(False)
+        yield listener
+
+
+@pytest.fixture(scope="module")
+def shown(control_plane, usual_port):
     """What `sky launch --dryrun` says of each; one server and one client serve them all."""
     words = json.dumps(list(DRY_RUNS.values()))
     done = control_plane.run([sys.executable, str(HERE / "dryrun.py"), words], timeout=900)
@@ -47,6 +62,14 @@ def test_pretraining_on_spot_weighs_every_candidate_of_the_task(shown):
 
 def test_preparing_data_takes_a_machine_without_gpus(shown):
     assert "m6i" in _chosen(shown["prepare"])
+
+
+def test_a_server_on_the_usual_port_is_not_asked(shown, usual_port):
+    if usual_port is None:
+        pytest.skip("something else listens on port 46580")
+
+    with pytest.raises(BlockingIOError):
+        usual_port.accept()
 
 
 def _chosen(table: str) -> str:
