@@ -172,7 +172,6 @@ def standing(name: str) -> Standing:
             kind="cluster",
             status=_word(record["status"]),
             where=f"{record.get('cloud') or ''} {record.get('region') or ''}".strip(),
-            details=str(record.get("last_event") or ""),
         )
     return jobs[0] if jobs else Standing()
 

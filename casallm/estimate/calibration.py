@@ -19,7 +19,7 @@ from casallm.errors import DataError
 from casallm.estimate.architecture import ModelConfig, flops_per_token
 from casallm.estimate.hardware import gpu_named
 from casallm.estimate.layout import Wishes, plan_layout
-from casallm.estimate.memory import Precision, Stack
+from casallm.estimate.memory import Precision, Recompute, Stack
 from casallm.estimate.throughput import Constants, Setup, step_time
 
 PRIORS: Mapping[str, tuple[float, float]] = {
@@ -84,7 +84,14 @@ def read_foundry_runs(path: Path) -> list[Run]:
 
 def read_other_runs(path: Path) -> list[Run]:
     """The rows of `benchmarks/calibration/other_*.csv`, laid out as an estimate would."""
-    return [_other_run(row) for row in _read_rows(path)]
+    return [_other_run(row, Wishes()) for row in _read_rows(path)]
+
+
+def read_told_runs(path: Path) -> list[Run]:
+    """The same, laid out as an estimate would that is told all that their publishers state of
+    recomputation and micro-batch, as with `--recompute` and `--micro-batch`.
+    """
+    return [_other_run(row, _stated(row)) for row in _read_rows(path)]
 
 
 def start_constants() -> Constants:
@@ -132,15 +139,23 @@ def log_errors(runs: Sequence[Run], constants: Constants) -> np.ndarray:
 
 
 def leave_one_group_out(
-    runs: Sequence[Run], group: Callable[[Run], Hashable], others: Sequence[Run] = ()
+    runs: Sequence[Run],
+    group: Callable[[Run], Hashable],
+    others: Sequence[Run] = (),
+    *,
+    asked: Sequence[Run] | None = None,
 ) -> Score:
-    """Errors on each group when the constants are fitted to all other groups and `others`."""
+    """Errors on each group when the constants are fitted to all other groups and `others`.
+
+    `asked` are the same runs as a question describes them, where that is less than is known.
+    """
+    questions = runs if asked is None else asked
     errors = np.zeros(len(runs))
     groups = [group(run) for run in runs]
     for held_out in dict.fromkeys(groups):
         seen = [run for run, g in zip(runs, groups, strict=True) if g != held_out]
         mask = np.array([g == held_out for g in groups])
-        unseen = [run for run, g in zip(runs, groups, strict=True) if g == held_out]
+        unseen = [run for run, g in zip(questions, groups, strict=True) if g == held_out]
         errors[mask] = log_errors(unseen, fit([*seen, *others]))
     return score(errors)
 
@@ -232,7 +247,16 @@ def _foundry_run(row: Mapping[str, str]) -> Run:
     return Run("llm-foundry", setup, rate)
 
 
-def _other_run(row: Mapping[str, str]) -> Run:
+def _stated(row: Mapping[str, str]) -> Wishes:
+    """What a row's publisher states of the layout."""
+    recompute, micro_batch = row["recompute"], row["micro_batch"]
+    return Wishes(
+        recompute=cast(Recompute, _one_of(recompute, Recompute)) if recompute else None,
+        micro_batch_size=int(micro_batch) if micro_batch else None,
+    )
+
+
+def _other_run(row: Mapping[str, str], layout: Wishes) -> Run:
     grouped = ModelConfig(
         n_layers=int(row["n_layers"]),
         d_model=int(row["d_model"]),
@@ -242,7 +266,8 @@ def _other_run(row: Mapping[str, str]) -> Run:
         vocab_size=int(row["vocab_size"]),
     )
     config = grouped.model_copy(update={"family": _one_of(row["family"], Family)})
-    wishes = Wishes(
+    wishes = replace(
+        layout,
         stack=cast(Stack, _one_of(row["stack"], Stack)),
         precision=cast(Precision, _one_of(row["precision"], Precision)),
     )

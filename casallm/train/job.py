@@ -233,7 +233,7 @@ def _billing(run: Store, config: BudgetConfig) -> dict[str, Any]:
     else:
         since = booted_at if config.billed_from == "boot" else time.time()
         paid = {"usd_before": spent_usd(run), "billed_since": since}
-    return {"booted_at": booted_at, "usd_per_hour": config.usd_per_hour, **paid}
+    return {"booted_at": booted_at, **paid}
 
 
 def _generations(settled: Settled, attempt: Attempt) -> Callable[[], Generation]:
