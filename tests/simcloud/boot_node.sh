@@ -21,7 +21,10 @@ NAME=ip-${IP//./-}
 hostname "$NAME"
 printf '127.0.0.1 localhost\n%s %s\n' "$IP" "$NAME" > root/etc/hosts
 printf '%s\n' "$KEYS" > root/home/ubuntu/.ssh/authorized_keys
-ln -sfn "$CHECKOUT/.venv" root/home/ubuntu/casallm-venv  # the image may have served another checkout
+VENV=$(realpath "$CHECKOUT/.venv")  # below a mount of its own, or /tmp, the overlay would not show it
+mkdir -p "root$VENV"
+mount --bind "$VENV" "root$VENV"
+ln -sfn "$VENV" root/home/ubuntu/casallm-venv
 chroot root chown -R ubuntu: /home/ubuntu/.ssh
 ip link set lo up
 ip addr add 169.254.169.254/32 dev lo
