@@ -98,18 +98,16 @@ def submit_job(task: Mapping[str, Any], name: str) -> int:
 def launch_cluster(task: Mapping[str, Any], name: str) -> None:
     """Start a task on machines of its own that end themselves when idle.
 
-    NoCapacityError where none is to be had now; after any CloudError nothing new of them is left.
+    NoCapacityError where none is to be had now; after any CloudError nothing of them is left.
     """
     sky = skypilot.sdk()
-    was_up = any(_word(record["status"]) == "UP" for record in _clusters(name))
     with explained():
         made = sky.Task.from_yaml_config(dict(task))
         request = sky.launch(made, cluster_name=name)
     try:
         skypilot.finish(request, seconds=SUBMIT_SECONDS, what="launching")
     except CloudError:
-        if not was_up:
-            end_cluster(name)
+        end_cluster(name)
         raise
 
 

@@ -77,7 +77,8 @@ def tear_down(run_url: str | None, *, cloud: str = "aws") -> TearDown:
     """End everything that runs for the run (None: for all), and wait until it is gone."""
     result, known = TearDown(), set[str]()
     names = machine_names(run_url) if run_url else []
-    launching.withdraw(names[0] if names else None)
+    for each in launching.withdraw(names[0] if names else None):
+        result.ended.append(f"the wait for machines of {each}")
     with result.noting():
         known = cluster.known_names()
         names = names or sorted({*cluster.live_names(), *cluster.launches()})

@@ -58,11 +58,17 @@ def announced(name: str) -> Iterator[Announcement]:
             announcement.path.unlink(missing_ok=True)
 
 
-def withdraw(name: str | None) -> None:
-    """Call off the launch of `name` (None: every launch) from this computer, if there is one."""
-    for path in [_folder() / name] if name else list(_folder().glob("casallm-*")):
-        if path.exists():
+def withdraw(name: str | None) -> list[str]:
+    """Call off the launch of `name` (None: every launch) from this computer; those there were.
+
+    One whose launcher was killed may be among them.
+    """
+    called_off = []
+    for path in [_folder() / name] if name else sorted(_folder().glob("casallm-*")):
+        if path.exists() and path.read_text() != CALLED_OFF:
             _replace(path, CALLED_OFF)
+            called_off.append(path.name)
+    return called_off
 
 
 def _replace(path: Path, word: str) -> None:

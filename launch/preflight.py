@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from casallm.config import Tree, to_tree
+from casallm.config import Tree, parse_yaml, to_tree, to_yaml
 from casallm.data.manifest import parse_manifest
 from casallm.errors import CasallmError, StoreExistsError, StoreNotFoundError
+from casallm.estimate.architecture import ModelConfig
 from casallm.storage.store import open_store
 from casallm.units import format_count
 from launch import aws
@@ -264,12 +265,17 @@ def check_base(plan: Plan, url: str) -> Findings:
 
 def _other_shape(identity: Tree, plan: Plan) -> list[str]:
     """Where the model of a run is not the planned one."""
-    there = _section(identity, "model")
+    there, here = _section(identity, "model"), _as_text(plan.workload.config)
     return [
-        f"model.{name} is {there[name]} there and {here} here"
-        for name, here in to_tree(plan.workload.config).items()
-        if name in there and str(there[name]).lower() != str(here).lower()
+        f"model.{name} is {there[name]} there and {here[name]} here"
+        for name in here
+        if name in there and there[name] != here[name]
     ]
+
+
+def _as_text(config: ModelConfig) -> Tree:
+    """The settings as a run's own file would give them back."""
+    return parse_yaml(to_yaml(to_tree(config)), where="the plan")
 
 
 def _section(identity: Tree, name: str) -> Tree:

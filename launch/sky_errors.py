@@ -2,7 +2,7 @@
 
 import contextlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from casallm.errors import CloudError
@@ -39,8 +39,11 @@ class NotUpError(CloudError):
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Turn SkyPilot's exceptions into one sentence with the command that helps."""
+def explained(log: Callable[[], str] = str) -> Iterator[None]:
+    """Turn SkyPilot's exceptions into one sentence with the command that helps.
+
+    `log` gives what SkyPilot said on the way, where the cloud's own words stand.
+    """
     from sky import exceptions
 
     anything_else: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError)
@@ -54,7 +57,7 @@ def explained() -> Iterator[None]:
     except exceptions.ClusterNotUpError as error:
         raise NotUpError(_first_sentence(error)) from None
     except exceptions.ResourcesUnavailableError as error:
-        raise _unavailable(error) from None
+        raise _unavailable(error, log()) from None
     except exceptions.NoCloudAccessError:
         raise CloudError(
             "SkyPilot may use no cloud with these credentials: `sky check` says why"
@@ -67,10 +70,10 @@ def explained() -> Iterator[None]:
         raise CloudError(f"SkyPilot: {_first_sentence(error)}") from None
 
 
-def _unavailable(error: Any) -> CloudError:
+def _unavailable(error: Any, log: str) -> CloudError:
     """Why no machine was got, in the cloud's own words where it gave any."""
     history = [str(each) for each in getattr(error, "failover_history", ())]
-    refusals = dict(_REFUSAL.findall("\n".join([str(error), *history])))
+    refusals = dict(_REFUSAL.findall("\n".join([log, str(error), *history])))
     said = _quoted(refusals) if refusals else (history or [_first_sentence(error)])[0].strip()
     if refusals.keys() & {*CAPACITY_CODES} or (history and not refusals):
         return NoCapacityError(f"no machine of the plan is to be had now ({said})")

@@ -6,6 +6,7 @@ deleted, not stopped, when it is idle.
 """
 
 import contextlib
+import io
 import logging
 import time
 from functools import cache
@@ -24,6 +25,7 @@ CONFIG = (
 """Settings of SkyPilot that hold for everything launched here."""
 
 POLL_SECONDS = 2.0
+LOG_LINES = 200
 CALL_SECONDS = 300.0
 """For anything but a launch or an end; a busy server takes minutes over what it does in one."""
 
@@ -45,7 +47,7 @@ def finish(request: Any, *, what: str, seconds: float = CALL_SECONDS) -> Any:
     """The result of a request to the API server; CloudError when it takes too long."""
     sky = sdk()
     deadline, pause = time.monotonic() + seconds, 0.2
-    with explained():
+    with explained(lambda: _log_of(request)):
         while not _is_over(request):
             if time.monotonic() > deadline:
                 with contextlib.suppress(OSError):
@@ -57,6 +59,16 @@ def finish(request: Any, *, what: str, seconds: float = CALL_SECONDS) -> Any:
             time.sleep(pause)
             pause = min(1.2 * pause, POLL_SECONDS)
         return sky.get(request)
+
+
+def _log_of(request: Any) -> str:
+    """The last lines that the server wrote about a request which has failed."""
+    from sky import exceptions
+
+    lines = io.StringIO()
+    with contextlib.suppress(exceptions.ResourcesUnavailableError, OSError, RuntimeError):
+        sdk().stream_and_get(request, tail=LOG_LINES, follow=False, output_stream=lines)
+    return lines.getvalue()
 
 
 def _is_over(request: Any) -> bool:

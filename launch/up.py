@@ -49,6 +49,8 @@ def launch_plan(plan: Plan, environment: Mapping[str, str]) -> None:
         if current.is_live and (current.kind == "job" or _has_work(plan.name)):
             log.info("%s runs already (%s): it is not started twice", plan.name, current.status)
             return
+        if current.kind == "cluster":  # idle: it may delete itself at any moment
+            cluster.end_cluster(plan.name)
         if plan.workload.data == "documents":
             _prepare(plan, environment, announcement)
         task = train_task(plan, environment)
@@ -209,6 +211,7 @@ def _prepare(plan: Plan, environment: Mapping[str, str], announcement: Announcem
         return
     log.info("preparing %s into %s", plan.request.data, plan.workload.data_url)
     if not _has_work(name):
+        cluster.end_cluster(name)
         _launch(prepare_task(plan, environment), name, announcement)
     deadline, looks = time.monotonic() + 3600 * plan.prepare_hours, 0
     while not shards.exists("manifest.json"):

@@ -195,6 +195,7 @@ def sky(monkeypatch):
         get=lambda answer: answer,
     )
     monkeypatch.setattr(skypilot, "sdk", lambda: fake)
+    has.api = fake
     return has
 
 
@@ -268,23 +269,16 @@ def test_a_managed_job_says_where_it_is_and_why_it_failed(sky):
     assert (current.where, current.details) == ("AWS us-east-1", "no quota")
 
 
-@pytest.mark.parametrize(("status", "ended"), [("UP", []), ("INIT", ["casallm-a"])])
-def test_a_second_launch_that_fails_ends_no_machine_that_was_up(sky, monkeypatch, status, ended):
-    monkeypatch.setattr(cluster, "_clusters", lambda name: [{"name": name, "status": status}])
-    monkeypatch.setattr(
-        skypilot.sdk(), "Task", SimpleNamespace(from_yaml_config=dict), raising=False
-    )
-    monkeypatch.setattr(skypilot.sdk(), "launch", lambda *_, **__: "request", raising=False)
-    finish = skypilot.finish
+def test_the_clouds_words_are_sought_in_what_the_server_wrote_on_the_way(sky):
+    def stream_and_get(request, *, output_stream, **_):
+        output_stream.write(f"W 11-30 RunInstances: {NO_QUOTA}\n")
+        raise ResourcesUnavailableError("Failed to acquire resources in all zones")
 
-    def failing(request, *, what, **more):
-        if what == "launching":
-            raise CloudError("the network is gone")
-        return finish(request, what=what, **more)
+    def get(_):
+        history = [RuntimeError("Failed to acquire resources in all zones in us-east-1")]
+        raise ResourcesUnavailableError("Failed to provision", failover_history=history)
 
-    monkeypatch.setattr(skypilot, "finish", failing)
+    sky.api.stream_and_get, sky.api.get = stream_and_get, get
 
-    with pytest.raises(CloudError, match="the network is gone"):
-        cluster.launch_cluster({}, "casallm-a")
-
-    assert sky.ended == ended
+    with pytest.raises(CloudError, match=r"may run no more such machines \(VcpuLimitExceeded: You"):
+        skypilot.finish("a request", what="launching")

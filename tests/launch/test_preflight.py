@@ -294,7 +294,7 @@ def test_an_assistant_needs_a_run_to_start_from(account, plan_of):
 
 CONFIG = """
 identity:
-  model: {{family: classic, n_layers: {n_layers}, d_model: 1024, is_tied: true}}
+  model: {{family: classic, n_layers: {n_layers}, d_model: 1024, is_tied: true, d_ff: null}}
   train: {{steps: {steps}}}
 """
 

@@ -164,7 +164,7 @@ def test_a_cluster_whose_job_has_ended_gets_another(skypilot, plan_of, monkeypat
 
     launch_plan(plan, {})
 
-    assert begun == ([plan.name] if begins else [])
+    assert begun == ([f"end {plan.name}", plan.name] if begins else [])
 
 
 def sold_out(begun: list[str], *, times: float = math.inf):
@@ -268,7 +268,7 @@ def test_documents_that_give_no_shards_end_their_machine(
         launch_plan(plan, {})
 
     data = f"{plan.name}-data"
-    assert begun == [data, f"words of {data}", f"end {data}"]
+    assert begun == [f"end {data}", data, f"words of {data}", f"end {data}"]
 
 
 def test_a_machine_that_vanished_while_it_prepared_is_not_waited_for(skypilot, plan_of, tmp_path):
@@ -278,7 +278,7 @@ def test_a_machine_that_vanished_while_it_prepared_is_not_waited_for(skypilot, p
         launch_plan(plan, {})
 
     data = f"{plan.name}-data"
-    assert begun == ["reconcile", data, f"words of {data}", f"end {data}"]
+    assert begun == ["reconcile", f"end {data}", data, f"words of {data}", f"end {data}"]
 
 
 def test_preparing_that_takes_too_long_is_ended(skypilot, plan_of, tmp_path, monkeypatch):
