@@ -27,7 +27,7 @@ PRIORS: Mapping[str, tuple[float, float]] = {
     "tail_eager": (1.5, 0.5),
     "tail_compiled": (0.6, 0.15),
     "attention_eager": (0.4, 0.3),
-    "attention_compiled": (0.5, 0.2),
+    "attention_compiled": (0.7, 0.2),
     "exposed": (0.5, 1.0),
     "hop_seconds": (50e-6, 1.0),
     "recompute_share": (1.0, 0.1),
@@ -36,8 +36,9 @@ PRIORS: Mapping[str, tuple[float, float]] = {
 """Median and standard deviation of the logarithm of each constant before any run is seen.
 
 FlashAttention-2 trains at about 190 of an A100's sustained 268 TFLOP/s (Dao 2023), the first one
-at half of that. Compiling leaves the kernel as it is, but compiled programs are younger and some
-call a better one. A norm fused with the addition before it saves four of ten bytes.
+at half of that. Compiling leaves the kernel as it is, but compiled programs are younger: they call
+the second, older ones mostly the first. A norm fused with the addition before it saves four of ten
+bytes.
 """
 
 _NOISE = 0.06
@@ -147,7 +148,7 @@ def leave_one_group_out(
 ) -> Score:
     """Errors on each group when the constants are fitted to all other groups and `others`.
 
-    `asked` are the same runs as a question describes them, where that is less than is known.
+    `asked` are the same runs as they are predicted, where more is told of them than is fitted.
     """
     questions = runs if asked is None else asked
     errors = np.zeros(len(runs))

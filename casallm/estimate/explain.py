@@ -12,7 +12,7 @@ from casallm.estimate.cost import N_DRAWS
 from casallm.estimate.estimator import Estimate
 from casallm.estimate.job import SETUP_SPREAD, SPOT_PRICE_SKEW, SPOT_PRICE_SPREAD, Job
 from casallm.estimate.layout import fits_ddp, most_sequences, setup_memory
-from casallm.estimate.throughput import PRUDENCE, Z90, Setup, step_time
+from casallm.estimate.throughput import Z90, Setup, prudence, step_time
 from casallm.units import format_bytes, format_count
 
 
@@ -100,8 +100,9 @@ def _rate(estimate: Estimate) -> list[str]:
         lines.append("          the run's own rate replaces that:")
     elif estimate.request.is_own:
         lines.append(
-            f"          x {PRUDENCE:g}, what whole runs keep of it elsewhere (casallm's own is not"
-            " measured)"
+            f"          x {prudence(job.setup.hardware):.2g}, what whole runs keep of it elsewhere"
+            " (casallm's own is not measured"
+            + (")" if job.setup.hardware.is_calibrated else ", and no run has calibrated this GPU)")
         )
     spread = f"{format_count(job.rate.p10)} to {format_count(job.rate.p90)}"
     lines.append(

@@ -5,9 +5,8 @@ V100 and T4 have no bf16 and are listed with fp16. Bandwidths are bytes a second
 
 No chip holds its peak: `sustained_fraction` is what large matrix products really reach. Measured:
 A100 268 of 312 TFLOP/s (Bekman, ML Engineering, 2024), H100 and H200 720 of 989 (SemiAnalysis,
-December 2024), T4 24 of 65 (its 70 W throttle it; NVIDIA's forum). B200: products reach 1,450 of
-2,250 (arXiv 2604.23466), published training less; between them. Assumed from power limits and kin:
-the others.
+December 2024), T4 24 of 65 (its 70 W throttle it; NVIDIA's forum), B200 1,450 of 2,250 (arXiv
+2604.23466; cuBLAS for moments 1,610, NVIDIA Tilus). Assumed from power limits and kin: the others.
 """
 
 import math
@@ -44,8 +43,10 @@ class Hardware:
     is_calibrated: bool = False
     """Whether published training runs on it were used to fit the throughput model."""
     compiled_attention_fraction: float = 1.0
-    """The same in compiled programs: on Hopper most call the kernels made for it, 1.7 to 2.3 times
-    as fast in training (huggingface/transformers, pull request 48163)."""
+    """The same in compiled programs. Forward and backward with heads of 128 the common kernels do
+    331 TFLOP/s on an H100, Hopper's own 539 (cuDNN) and 581 (FlashAttention-3; arXiv 2407.08608,
+    figures 5 and 6): 0.65 and 1.05 to 1.14 of an A100's share. Compiled programs call either, so
+    what lies between."""
 
 
 # name, peak, fp8 peak, memory, memory bandwidth, link, bf16, sustained, attention, node,
@@ -66,12 +67,16 @@ _GPUS = (
         "A100-80GB", 312e12, None, int(79.2 * GIB), 2039e9, 300e9, True, 0.86, 1.0, 200e9, True
     ),
     Hardware("A100-80GB-PCIE", 312e12, None, 79 * GIB, 1935e9, 25e9, True, 0.78),
-    Hardware("H100-PCIE", 756e12, 1513e12, 79 * GIB, 2000e9, 25e9, True, 0.73, 0.6),
-    Hardware("H100", 989e12, 1979e12, int(79.6 * GIB), 3350e9, 450e9, True, 0.73, 0.6, 400e9, True),
     Hardware(
-        "H200", 989e12, 1979e12, int(139.8 * GIB), 4800e9, 450e9, True, 0.73, 0.6, 400e9, True
+        "H100-PCIE", 756e12, 1513e12, 79 * GIB, 2000e9, 25e9, True, 0.73, 0.6, 12.5e9, False, 0.85
     ),
-    Hardware("B200", 2250e12, 4500e12, 178 * GIB, 7700e9, 900e9, True, 0.5, 0.6, 400e9),
+    Hardware(
+        "H100", 989e12, 1979e12, int(79.6 * GIB), 3350e9, 450e9, True, 0.73, 0.6, 400e9, True, 0.85
+    ),
+    Hardware(
+        "H200", 989e12, 1979e12, int(139.8 * GIB), 4800e9, 450e9, True, 0.73, 0.6, 400e9, True, 0.85
+    ),
+    Hardware("B200", 2250e12, 4500e12, 178 * GIB, 7700e9, 900e9, True, 0.64, 0.6, 400e9),
 )
 GPUS: dict[str, Hardware] = {gpu.name: gpu for gpu in _GPUS}
 

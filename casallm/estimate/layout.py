@@ -112,7 +112,7 @@ def plan_layout(
         node_bandwidth=wanted.node_bandwidth,
     )
     layouts = list(_layouts(base, wanted))
-    if not layouts or _outgrows_node(base) or wanted.recompute:
+    if not layouts or _outgrows_node(base):
         layouts += _split_layouts(base, wanted, "model")
     layouts = layouts or list(_tight_layouts(base, wanted))
     layouts = layouts or list(_split_layouts(base, wanted, "fsdp"))

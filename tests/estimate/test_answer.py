@@ -46,9 +46,9 @@ cheapest of 4 offers that end within a week; without preemptions lambda gpu_1x_a
 > aws p4d.24xlarge spot  us-east-1   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($32-$66)
   lambda gpu_1x_a100     us-east-1   1.99       62K  53%      45 (35-58)    $95 ($75-$119)
   aws p4d.24xlarge       us-east-1  21.96      487K  52%   5.9 (4.6-7.5)  $132 ($104-$167)
-  aws p5.48xlarge        us-east-1  55.04     1.23M  42%   2.4 (1.9-3.0)  $135 ($108-$170)
-  aws p3.2xlarge spot    us-east-1   0.48     17.1K  36%   220 (138-390)   $136 ($86-$220)
-  aws p3.2xlarge         us-east-1   3.06     17.1K  36%   164 (110-243)  $511 ($342-$754)
+  aws p5.48xlarge        us-east-1  55.04      1.2M  40%   2.5 (2.0-3.1)  $139 ($110-$174)
+  aws p3.2xlarge spot    us-east-1   0.48       14K  30%   269 (168-476)  $165 ($105-$269)
+  aws p3.2xlarge         us-east-1   3.06       14K  30%   201 (134-297)  $623 ($417-$920)
 
 Ranges hold eight of ten runs; hours count from the first boot to the end.
 Expected loss 2.79 (2.70 to 2.90) nats a token by Chinchilla's law as refitted by Besiroglu et al.
@@ -68,9 +68,9 @@ preemptions lambda gpu_1x_a100 costs $94.96.
 > aws p4d.24xlarge spot   6.29      487K  52%  7.8 (5.6-12.5)     $44 ($32-$66)
   lambda gpu_1x_a100      1.99       62K  53%      45 (35-58)    $95 ($75-$119)
   aws p4d.24xlarge       21.96      487K  52%   5.9 (4.6-7.5)  $132 ($104-$167)
-  aws p5.48xlarge        55.04     1.23M  42%   2.4 (1.9-3.0)  $135 ($108-$170)
-  aws p3.2xlarge spot     0.48     17.1K  36%   220 (138-390)   $136 ($86-$220)
-  aws p3.2xlarge          3.06     17.1K  36%   164 (110-243)  $511 ($342-$754)
+  aws p5.48xlarge        55.04      1.2M  40%   2.5 (2.0-3.1)  $139 ($110-$174)
+  aws p3.2xlarge spot     0.48       14K  30%   269 (168-476)  $165 ($105-$269)
+  aws p3.2xlarge          3.06       14K  30%   201 (134-297)  $623 ($417-$920)
 
 Ranges hold eight of ten runs; hours count from the first boot to the end.
 Expected loss 2.79 (2.70 to 2.90) nats a token by Chinchilla's law as refitted

@@ -130,6 +130,15 @@ def test_casallms_own_rate_is_promised_with_prudence():
     assert own.p90 / own.p50 == pytest.approx(own.p50 / own.p10)
 
 
+def test_on_a_gpu_that_no_run_has_calibrated_less_is_promised():
+    b200, h200 = (predict(setup(hardware=GPUS[gpu]), is_own=True) for gpu in ("B200", "H200"))
+    published = predict(setup(hardware=GPUS["B200"]))
+
+    assert b200.p50 == pytest.approx(throughput.prudence(GPUS["B200"]) * published.p50)
+    assert throughput.prudence(GPUS["B200"]) < throughput.PRUDENCE
+    assert 1.4 < b200.p50 / h200.p50 < 1.75
+
+
 def test_a_measured_rate_replaces_the_prediction():
     own = measured(70_000)
 
