@@ -19,7 +19,7 @@ from launch import aws, cluster, launching
 from launch.launching import Announcement
 from launch.plan import PREPARE_LIMIT_USD, Plan
 from launch.request import CAPACITY_HOURS, LaunchRequest, data_machine, machine_names, run_labels
-from launch.sky_errors import NoCapacityError
+from launch.sky_errors import NoCapacityError, NotUpError
 from launch.tasks import Overrides, Tree, load_task, override
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def launch_plan(plan: Plan, environment: Mapping[str, str]) -> None:
         current, preparing = (cluster.standing(name) for name in names)
         if not current.is_live and not preparing.is_live:
             reconcile(plan)
-        if current.is_live and (current.kind == "job" or _has_work(plan.name)):
+        if current.is_live and (current.kind == "job" or _is_at_work(plan, current)):
             log.info("%s runs already (%s): it is not started twice", plan.name, current.status)
             return
         if current.kind == "cluster":  # idle: it may delete itself at any moment
@@ -185,8 +185,12 @@ def _launch(task: Tree, name: str, announcement: Announcement) -> None:
     if announcement.is_called_off:
         cluster.end_cluster(name)
         announcement.insist()
-    if not cluster.ends_itself(name):
-        cluster.make_end_itself(name, idle_minutes=2)
+    try:
+        if not cluster.ends_itself(name):
+            cluster.make_end_itself(name, idle_minutes=2)
+    except CloudError:  # nothing would end it when its job is over
+        cluster.end_cluster(name)
+        raise
 
 
 def _wait_for_capacity() -> None:
@@ -195,6 +199,17 @@ def _wait_for_capacity() -> None:
     except KeyboardInterrupt:
         raise CloudError(
             "nothing is rented, and nothing is asked for any more: run the same command again"
+        ) from None
+
+
+def _is_at_work(plan: Plan, current: cluster.Standing) -> bool:
+    try:
+        return _has_work(plan.name)
+    except NotUpError as error:
+        raise CloudError(
+            f"SkyPilot has {plan.name} as {current.status} and does not reach it ({error}): where"
+            f" `make status RUN={plan.request.run_url}` shows no progress, `make down` with the same"
+            " RUN ends it, and this command begins anew"
         ) from None
 
 

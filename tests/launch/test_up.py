@@ -6,7 +6,7 @@ from casallm.errors import CloudError
 from casallm.storage.store import open_store
 from launch import cluster, launching, up
 from launch.request import LaunchRequest, cluster_name, run_labels
-from launch.sky_errors import NoCapacityError
+from launch.sky_errors import NoCapacityError, NotUpError
 from launch.up import launch_plan, prepare_task, three_commands, train_task
 
 KEYS = {
@@ -165,6 +165,42 @@ def test_a_cluster_whose_job_has_ended_gets_another(skypilot, plan_of, monkeypat
     launch_plan(plan, {})
 
     assert begun == ([f"end {plan.name}", plan.name] if begins else [])
+
+
+def test_a_cluster_that_skypilot_does_not_reach_is_neither_ended_nor_launched_on(
+    skypilot, plan_of, monkeypatch
+):
+    plan, (stands, begun) = plan_of(is_spot=False, run="s3://ours/x"), skypilot
+    stands[plan.name] = cluster.Standing(kind="cluster", status="INIT")
+
+    def unreachable(name):
+        raise NotUpError("no connection")
+
+    monkeypatch.setattr(cluster, "cluster_job_status", unreachable)
+
+    with pytest.raises(CloudError) as refused:
+        launch_plan(plan, {})
+
+    assert str(refused.value) == (
+        f"SkyPilot has {plan.name} as INIT and does not reach it (no connection): where `make"
+        " status RUN=s3://ours/x` shows no progress, `make down` with the same RUN ends it, and"
+        " this command begins anew"
+    )
+    assert begun == []
+
+
+def test_a_machine_that_would_not_end_itself_is_ended(skypilot, plan_of, monkeypatch):
+    plan, (_, begun) = plan_of(is_spot=False), skypilot
+
+    def unsaid(name):
+        raise CloudError("slow")
+
+    monkeypatch.setattr(cluster, "ends_itself", unsaid)
+
+    with pytest.raises(CloudError, match="slow"):
+        launch_plan(plan, {})
+
+    assert begun == ["reconcile", plan.name, f"end {plan.name}"]
 
 
 def sold_out(begun: list[str], *, times: float = math.inf):
