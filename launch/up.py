@@ -208,8 +208,8 @@ def _is_at_work(plan: Plan, current: cluster.Standing) -> bool:
     except NotUpError as error:
         raise CloudError(
             f"SkyPilot has {plan.name} as {current.status} and does not reach it ({error}): where"
-            f" `make status RUN={plan.request.run_url}` shows no progress, `make down` with the same"
-            " RUN ends it, and this command begins anew"
+            f" `make status RUN={plan.request.run_url}` shows no progress, `make down` with the"
+            " same RUN ends it, and this command begins anew"
         ) from None
 
 
