@@ -20,6 +20,12 @@ FRESH = (
 )
 
 
+@pytest.fixture(autouse=True)
+def _no_server_of_skypilots(monkeypatch):
+    """What a test forgets to replace must not start a server, nor meet a person's own."""
+    monkeypatch.setenv("SKYPILOT_API_SERVER_ENDPOINT", "http://127.0.0.1:9")
+
+
 @pytest.fixture
 def bare_laptop(monkeypatch, tmp_path):
     """A computer on which nobody has configured a cloud."""
