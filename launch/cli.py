@@ -47,6 +47,7 @@ def main() -> None:
     except CasallmError as error:
         if is_debug:
             raise
+        sys.stdout.flush()  # into a pipe, the plan comes before what is wrong with it
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
     raise SystemExit(code)

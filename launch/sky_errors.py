@@ -67,7 +67,8 @@ def explained(log: Callable[[], str] = str) -> Iterator[None]:
             f"SkyPilot's API server stopped ({_first_sentence(error)}): run the same command again"
         ) from None
     except anything_else as error:
-        raise CloudError(f"SkyPilot: {_first_sentence(error)}") from None
+        said = _first_sentence(error).rstrip(".")
+        raise CloudError(f"SkyPilot: {said} (see ~/.sky/api_server/server.log)") from None
 
 
 def _unavailable(error: Any, log: str) -> CloudError:
