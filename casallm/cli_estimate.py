@@ -44,6 +44,7 @@ def estimate_command(
     precision: Annotated[str, typer.Option(help="bf16, fp8 or fp32.")] = "bf16",
     recompute: Annotated[Text, typer.Option(help="none, selective or full.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences of one pass.")] = None,
+    sharding: Annotated[Text, typer.Option(help="ddp, zero1 or fsdp.")] = None,
     price_per_gpu_hour: Annotated[
         Text, typer.Option(help="Dollars; answers for --gpu without a price list.")
     ] = None,
@@ -77,7 +78,7 @@ def estimate_command(
         usd_per_gpu_hour=_maybe(parse_usd, price_per_gpu_hour, "--price-per-gpu-hour"),
         measured_tokens_per_second=measured_tokens_per_second,
         is_own=shape is None,
-        wishes=_wishes(stack, precision, recompute, micro_batch),
+        wishes=_wishes(stack, precision, recompute, micro_batch, sharding),
     )
     _show(estimate(request), explain=explain, as_json=as_json, plot=plot)
 
@@ -166,7 +167,9 @@ def _maybe(parse: Callable[..., Number], text: Text, what: str) -> Number | None
     return None if text is None else parse(text, what=what)
 
 
-def _wishes(stack: str, precision: str, recompute: Text, micro_batch: int | None) -> "Wishes":
+def _wishes(
+    stack: str, precision: str, recompute: Text, micro_batch: int | None, sharding: Text
+) -> "Wishes":
     from typing import get_args
 
     from casallm.config import nearest
@@ -188,6 +191,7 @@ def _wishes(stack: str, precision: str, recompute: Text, micro_batch: int | None
         precision=one_of("precision", precision, memory.Precision),
         recompute=one_of("recompute", recompute, memory.Recompute),
         micro_batch_size=micro_batch,
+        sharding=one_of("sharding", sharding, memory.DataParallel),
     )
 
 

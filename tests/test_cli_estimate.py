@@ -104,6 +104,31 @@ def test_make_passes_every_variable_on(variables: str, options: str):
     assert shown.split(" estimate ")[-1].split() == options.split()
 
 
+@pytest.mark.parametrize("model", [("--params", "1.2B"), ("--shape", SHAPE, "--tokens", "26B")])
+def test_how_a_program_shards_can_be_told(model: tuple[str, ...]):
+    def told(sharding: str) -> dict:
+        machine = ("--gpu", "H100:8", "--nodes", "2", "--price-per-gpu-hour", "2")
+        answer = ask(*model, *machine, "--micro-batch", "2", "--sharding", sharding)
+        assert answer["offers"][0]["sharding"] == sharding
+        lacks = [note for note in answer["notes"] if "casallm's own trainer has no" in note]
+        assert bool(lacks) == (model[0] == "--params" and sharding != "ddp")
+        return answer["offers"][0]
+
+    whole, optimizer, everything = (told(each) for each in ("ddp", "zero1", "fsdp"))
+
+    assert everything["memory_bytes"] < optimizer["memory_bytes"] < whole["memory_bytes"]
+    rates = [each["tokens_per_second"]["p50"] for each in (everything, whole, optimizer)]
+    assert rates == sorted(set(rates))
+
+
+def test_offers_of_any_machine_are_answered_for_a_program_that_shards():
+    with pytest.raises(ConfigError, match="--sharding fsdp answers for a program that shards it"):
+        ask("--params", "13B")
+
+    offers = ask("--params", "13B", "--sharding", "fsdp")["offers"]
+    assert {offer["sharding"] for offer in offers} == {"fsdp"}
+
+
 def test_a_bare_gpu_is_any_number_of_it():
     offers = ask("--params", "350M", "--gpu", "A100", "--on-demand")["offers"]
 
@@ -163,6 +188,8 @@ def test_a_plot_is_written_where_it_is_asked_for(tmp_path: Path):
         (["--params", "1B", "--cloud", "azure"], r"known: aws, lambda, nebius, runpod"),
         (["--params", "1B", "--precision", "fp4"], "'fp4' is unknown, did you mean fp8"),
         (["--params", "1B", "--recompute", "half"], r"known: none, selective, full"),
+        (["--params", "1B", "--sharding", "zero"], r"'zero' is unknown, did you mean zero1"),
+        (["--params", "1B", "--sharding", "fdsp"], r"mean fsdp\? \(known: ddp, zero1, fsdp\)$"),
         (
             ["--budget", "100", "--deadline", "5m"],
             r"no model is trained within 5min: .*add --deadline",

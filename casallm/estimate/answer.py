@@ -131,6 +131,7 @@ def doubts(estimate: Estimate) -> list[str]:
 
 def _what_casallm_lacks(setup: Setup) -> str:
     lacking = {
+        "optimizer sharded over the GPUs": setup.sharding == "zero1",
         "state sharded over the GPUs": setup.sharding == "fsdp",
         "tensor or pipeline parallelism": setup.sharding == "model",
         "recomputation of activations": setup.recompute != "none",

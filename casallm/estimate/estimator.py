@@ -216,16 +216,17 @@ def _job(
 ) -> Job:
     """The run on `offer`; ConfigError where the model does not fit it.
 
-    casallm trains with DDP and recomputes nothing; other layouts are tried only where a machine was
-    asked for by name.
+    casallm trains with DDP and recomputes nothing; other layouts are tried only where a machine or
+    a sharding was asked for by name.
     """
     wishes = replace(request.wishes, node_bandwidth=offer.node_bandwidth)
     if request.hardware is None and wishes.sharding is None:
         wishes = replace(wishes, sharding="ddp")
     wanted = [wishes]
     if request.is_own:
-        plain = replace(wishes, sharding="ddp", recompute=wishes.recompute or "none")
-        wanted = [plain, wishes] if wishes.sharding is None else [plain]
+        sharding = wishes.sharding or "ddp"
+        plain = replace(wishes, sharding=sharding, recompute=wishes.recompute or "none")
+        wanted = [plain] if wishes.sharding == "ddp" else [plain, wishes]
     setup = _first_that_fits(request, offer, config, wanted)
     rate: Throughput = throughput.predict(setup, is_own=request.is_own)
     if request.measured_tokens_per_second is not None:

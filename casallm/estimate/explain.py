@@ -53,9 +53,10 @@ def _work(estimate: Estimate) -> list[str]:
 
 
 def _machine(setup: Setup) -> list[str]:
-    shards = "every GPU holds the whole model"
-    if setup.sharding != "ddp":
-        shards = "the state is sharded"
+    shards = {
+        "ddp": "every GPU holds the whole model",
+        "zero1": "every GPU holds the model, the optimizer's state is sharded",
+    }.get(setup.sharding, "the state is sharded")
     lines = [
         f"Machine   {setup.n_gpus} x {setup.hardware.name},"
         f" {setup.hardware.peak_flops / 1e12:.0f} TFLOP/s peak each, of which large products"

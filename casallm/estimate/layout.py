@@ -19,6 +19,7 @@ from casallm.estimate.memory import (
     Precision,
     Recompute,
     Sharding,
+    Shards,
     Stack,
     largest_micro_batch,
     training_memory,
@@ -45,13 +46,16 @@ DDP_BONUS = 1.15
 RECOMPUTES: Mapping[tuple[Sharding, Stack], tuple[Recompute, ...]] = {
     ("ddp", "eager"): ("none", "selective", "full"),
     ("ddp", "compiled"): ("none", "selective", "full"),
+    ("zero1", "eager"): ("none", "selective", "full"),
+    ("zero1", "compiled"): ("none", "selective", "full"),
     ("fsdp", "eager"): ("selective", "full"),
     ("fsdp", "compiled"): ("selective",),
 }
 """What is weighed unless asked for. Programs that shard recompute selectively, as a rule also where
 the memory would allow not to (Korthikanti et al. 2022, arXiv 2205.05198). Where that is not
 enough, eager programs recompute all; compiled ones, which are younger, split the model, as they
-do where its state needs more than a node."""
+do where its state needs more than a node. ZeRO-1 is laid out only where it is asked for: which
+programs use it cannot be told from model and machine."""
 
 MAX_STAGES = 8
 """Stages of a pipeline beyond which products are split further (NVIDIA's published recipes)."""
@@ -91,10 +95,15 @@ def plan_layout(
     n_nodes: int = 1,
     wishes: Wishes | None = None,
 ) -> Setup:
-    """The fastest layout that fits and is as wished; ConfigError where none fits."""
+    """The fastest layout that fits and is as wished; ConfigError where none fits.
+
+    A single GPU shards nothing, whatever is wished.
+    """
     wanted = wishes or Wishes()
     _check_precision(hardware, wanted.precision)
     n_gpus = gpus_per_node * n_nodes
+    if n_gpus == 1 and wanted.sharding != "ddp":
+        wanted = replace(wanted, sharding=None)
     enlarged = min(n_gpus * MIN_STEP_TOKENS, MAX_BATCH_TOKENS)
     batch_tokens = wanted.batch_tokens or max(default_batch_tokens(count_params(config)), enlarged)
     base = Setup(
@@ -116,6 +125,7 @@ def plan_layout(
         layouts += _split_layouts(base, wanted, "model")
     layouts = layouts or list(_tight_layouts(base, wanted))
     layouts = layouts or list(_split_layouts(base, wanted, "fsdp"))
+    layouts = layouts or list(_split_layouts(base, wanted, "zero1"))
     if not layouts:
         raise ConfigError(_nothing_fits(base, wanted))
     return max(layouts, key=_preference)
@@ -135,7 +145,7 @@ def most_sequences(setup: Setup) -> int:
         precision=setup.precision,
         recompute=setup.recompute,
         stack=setup.stack,
-        n_shards=1 if setup.sharding == "ddp" else setup.n_gpus,
+        shards=Shards(setup.sharding, setup.n_gpus),
         split=setup.sequence_split,
     )
 
@@ -149,7 +159,7 @@ def setup_memory(setup: Setup) -> Memory:
         precision=setup.precision,
         recompute=setup.recompute,
         stack=setup.stack,
-        n_shards=1 if setup.sharding == "ddp" else setup.n_gpus,
+        shards=Shards(setup.sharding, setup.n_gpus),
         split=setup.sequence_split,
     )
 
@@ -167,8 +177,9 @@ def _outgrows_node(setup: Setup) -> bool:
 
 def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
     for (sharding, stack), usual in RECOMPUTES.items():
-        is_alone = sharding == "fsdp" and base.n_gpus == 1
-        if stack != base.stack or wanted.sharding not in (None, sharding) or is_alone:
+        is_open = sharding == "ddp" or (sharding == "fsdp" and base.n_gpus > 1)
+        is_wanted = is_open if wanted.sharding is None else wanted.sharding == sharding
+        if stack != base.stack or not is_wanted:
             continue
         for recompute in (wanted.recompute,) if wanted.recompute else usual:
             setup = replace(base, sharding=sharding, recompute=recompute)
@@ -178,9 +189,10 @@ def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
 
 def _split_layouts(base: Setup, wanted: Wishes, sharding: Sharding) -> Iterator[Setup]:
     """Layouts in which as few GPUs as possible share a sequence."""
-    usual: Recompute = "none" if sharding == "model" else "full"
-    is_known = sharding == "fsdp" or base.stack == "compiled"
-    if base.n_gpus == 1 or not is_known or wanted.sharding not in (None, sharding):
+    usual: Recompute = "full" if sharding == "fsdp" else "none"
+    is_known = sharding != "model" or base.stack == "compiled"
+    is_wanted = wanted.sharding == sharding or (wanted.sharding is None and sharding != "zero1")
+    if base.n_gpus == 1 or not is_known or not is_wanted:
         return
     setup = replace(base, sharding=sharding, recompute=wanted.recompute or usual)
     splits = (2**k for k in range(base.n_gpus.bit_length()) if base.n_gpus % 2**k == 0)
@@ -205,10 +217,21 @@ def _stages(setup: Setup, split: int) -> int:
 
 
 def _tight_layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
-    is_open = wanted.sharding in (None, "fsdp") and wanted.recompute in (None, "full")
-    if base.n_gpus == 1 or not is_open or (wanted.micro_batch_size or 1) > 1:
+    """What needs a little more than there is: the tightest layout, or what a program is told to do.
+
+    Told is a sharded layout with its micro-batch: that it runs is known better than its memory.
+    """
+    is_told = wanted.sharding in ("zero1", "fsdp") and wanted.micro_batch_size is not None
+    is_tightest = wanted.sharding in (None, "fsdp") and wanted.recompute in (None, "full")
+    is_open = is_told or (is_tightest and (wanted.micro_batch_size or 1) == 1)
+    if base.n_gpus == 1 or not is_open:
         return
-    setup = replace(base, sharding="fsdp", recompute="full")
+    setup = replace(
+        base,
+        sharding=wanted.sharding or "fsdp",
+        recompute=wanted.recompute or "full",
+        micro_batch_size=wanted.micro_batch_size or 1,
+    )
     if setup_memory(setup).total <= TIGHT * base.hardware.memory_bytes:
         yield setup
 
@@ -248,8 +271,8 @@ def _nothing_fits(base: Setup, wanted: Wishes) -> str:
     what = f"a {size} model with context {base.context_length} does not fit"
     if wanted.sharding == "ddp":
         return (
-            f"{what} a single {base.hardware.name} of {memory}, and casallm keeps all of it on each"
-            f" GPU: {less}; a machine named by --gpu is answered for sharded state too"
+            f"{what} a single {base.hardware.name} of {memory}, and DDP keeps all of it on each"
+            f" GPU: {less}; --sharding fsdp answers for a program that shards it"
         )
     return f"{what} {machine} of {memory} each: {less}, or more GPUs"
 

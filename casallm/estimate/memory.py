@@ -15,9 +15,11 @@ from casallm.estimate.hardware import GIB, Hardware
 Precision = Literal["bf16", "fp8", "fp32"]
 Recompute = Literal["none", "selective", "full"]
 Stack = Literal["compiled", "eager"]
-Sharding = Literal["ddp", "fsdp", "model"]
-"""Every GPU holds the model; its state is sharded and gathered block by block; or its parts stay
-where they are: tensor and pipeline parallelism."""
+DataParallel = Literal["ddp", "zero1", "fsdp"]
+"""Every GPU holds the model; all but the optimizer's state and master weights, which are sharded;
+or all state is sharded and the weights gathered block by block."""
+Sharding = Literal[DataParallel, "model"]
+"""Or the model's parts stay where they are: tensor and pipeline parallelism."""
 
 STATE_BYTES_PER_PARAM = {"weights": 4, "gradients": 4, "optimizer": 8}
 """fp32 master weights and gradients, and AdamW's two moments."""
@@ -27,6 +29,18 @@ CONTEXT_BYTES = GIB
 
 USABLE_FRACTION = 0.94
 """The rest is lost to the allocator's fragmentation."""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How the state of a model lies on the GPUs that train it."""
+
+    sharding: Sharding = "ddp"
+    n_gpus: int = 1
+
+
+WHOLE = Shards()
+"""All of it on every GPU."""
 
 
 @dataclass(frozen=True)
@@ -104,21 +118,18 @@ def training_memory(
     precision: Precision = "bf16",
     recompute: Recompute = "none",
     stack: Stack = "compiled",
-    n_shards: int = 1,
+    shards: Shards = WHOLE,
     split: int = 1,
 ) -> Memory:
-    """Bytes on one GPU at the peak of a step of `n_sequences`, each shared by `split` GPUs.
-
-    State is split over `n_shards`.
-    """
-    n_params = count_params(config)
-    state = {name: size * n_params // n_shards for name, size in STATE_BYTES_PER_PARAM.items()}
+    """Bytes on one GPU at the peak of a step of `n_sequences`, each shared by `split` GPUs."""
+    state = _state_bytes(count_params(config), precision, shards)
     activations = _activation_bytes(
         config, n_sequences, context_length, precision=precision, recompute=recompute, stack=stack
     )
-    if n_shards > 1:
+    if shards.sharding != "ddp":
         activations -= _weight_copies(config, precision)
-        activations += _weight_copies(config, precision) // min(n_shards, config.n_layers)
+    if shards.sharding in ("fsdp", "model"):
+        activations += _weight_copies(config, precision) // min(shards.n_gpus, config.n_layers)
     activations //= split
     wide = 4 if stack == "compiled" else 10
     logits = n_sequences * context_length * config.padded_vocab_size * wide // split
@@ -135,7 +146,7 @@ def largest_micro_batch(
     precision: Precision = "bf16",
     recompute: Recompute = "none",
     stack: Stack = "compiled",
-    n_shards: int = 1,
+    shards: Shards = WHOLE,
     split: int = 1,
 ) -> int:
     """The most sequences that fit `hardware` in one forward and backward pass; 0 if none does."""
@@ -148,12 +159,27 @@ def largest_micro_batch(
             precision=precision,
             recompute=recompute,
             stack=stack,
-            n_shards=n_shards,
+            shards=shards,
             split=split,
         ).total
 
     fixed, one = total(0), total(1)
     return max(0, int((hardware.memory_bytes - fixed) // (one - fixed)))
+
+
+def _state_bytes(n_params: int, precision: Precision, shards: Shards) -> dict[str, int]:
+    """What a GPU holds of weights, gradients and optimizer.
+
+    ZeRO-1 keeps the weights of the passes and fp32 gradients: 6 + 12/n bytes a parameter, in fp32
+    8 + 8/n, as Megatron's guide to its distributed optimizer counts them.
+    """
+    parts = 1 if shards.sharding == "ddp" else shards.n_gpus
+    state = {name: size * n_params // parts for name, size in STATE_BYTES_PER_PARAM.items()}
+    if shards.sharding == "zero1":
+        masters = 0 if precision == "fp32" else state["weights"]
+        state["weights"] = _compute_bytes(precision) * n_params + masters
+        state["gradients"] = STATE_BYTES_PER_PARAM["gradients"] * n_params
+    return state
 
 
 def _activation_bytes(

@@ -46,6 +46,10 @@ for the scale, read again, written in both orders, as its products sum along row
 GATHERED_BYTES = {"bf16": 6, "fp32": 6, "fp8": 4}
 """Bytes of a sharded weight that travel in a pass: gathered twice, its gradient scattered once."""
 
+REDUCED_BYTES = {"bf16": 6, "fp32": 8, "fp8": 5}
+"""Bytes of a weight of which only the optimizer's state is sharded, in a step: its fp32 gradient
+scattered, its new value gathered."""
+
 SHORT_CONTEXT = 250
 """Context at which attention reaches half its rate: FlashAttention-2 trains at 204 TFLOP/s with 512
 tokens and at 302 with 8,192 on an H100 (Dao-AILab/flash-attention, pull request 2688)."""
@@ -352,8 +356,9 @@ def _tail_bytes(setup: Setup, repeated: float) -> float:
 
 
 def _communication_seconds(setup: Setup, known: Constants) -> float:
-    """Of an optimizer step: DDP reduces fp32 gradients once; sharded weights travel in every
-    micro-step; those of a parallel model stay, and its copies reduce gradients once.
+    """Of an optimizer step: DDP reduces fp32 gradients once, with a sharded optimizer the weights
+    return once; sharded weights travel in every micro-step; those of a parallel model stay, and
+    its copies reduce gradients once.
     """
     n_gpus = setup.n_gpus
     if n_gpus == 1:
@@ -362,6 +367,8 @@ def _communication_seconds(setup: Setup, known: Constants) -> float:
     times, volume, copies = 1.0, 8.0, n_gpus
     if setup.sharding == "fsdp":
         times, volume = setup.micro_steps, GATHERED_BYTES[setup.precision]
+    elif setup.sharding == "zero1":
+        volume = REDUCED_BYTES[setup.precision]
     elif setup.sharding == "model":
         parts = setup.sequence_split * setup.stages
         copies = n_gpus // parts

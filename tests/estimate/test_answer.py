@@ -301,6 +301,8 @@ def test_json_rate_is_of_the_whole_job():
         ("175b", 2048, Wishes(), "tensor or pipeline parallelism"),
         ("1.2b", 65_536, Wishes(), "recomputation of activations"),
         ("1.2b", 2048, Wishes(precision="fp8"), "fp8"),
+        ("1.2b", 2048, Wishes(sharding="fsdp"), "state sharded over the GPUs"),
+        ("1.2b", 2048, Wishes(sharding="zero1"), "optimizer sharded over the GPUs"),
     ],
 )
 def test_what_casallms_own_trainer_lacks_is_said(name, context_length, wishes, lacking):

@@ -53,6 +53,56 @@ def test_wishes_are_obeyed():
     assert (setup.micro_batch_size, setup.recompute, setup.precision) == (6, "full", "fp8")
 
 
+@pytest.mark.parametrize("stack", ["compiled", "eager"])
+@pytest.mark.parametrize("sharding", ["ddp", "zero1", "fsdp"])
+def test_a_sharding_that_is_told_is_laid_out(sharding: str, stack: str):
+    setup = plan("1.3b", "H100", n_nodes=2, sharding=sharding, stack=stack)
+
+    assert setup.sharding == sharding
+    assert setup.micro_batch_size <= most_sequences(setup)
+
+
+@pytest.mark.parametrize("stack", ["compiled", "eager"])
+def test_nobody_is_taken_to_shard_the_optimizer_alone_unless_told(stack: str):
+    for name in ("350m", "1.3b", "6.7b", "13b", "175b"):
+        for n_nodes in (1, 16):
+            if (name, n_nodes) != ("175b", 1):
+                setup = plan(name, "H100", n_nodes=n_nodes, stack=stack)
+                assert setup.sharding != "zero1"
+
+
+def test_a_single_gpu_has_nobody_to_share_with():
+    alone = plan("350m", "H100", 1)
+
+    assert all(plan("350m", "H100", 1, sharding=each) == alone for each in ("zero1", "fsdp"))
+
+
+def test_what_a_program_is_told_to_do_may_be_a_little_too_large():
+    """NVIDIA trains Llama 2 70B with two sequences a pass on 64 H100 (its MaxText recipe)."""
+    told = {"micro_batch_size": 2, "recompute": "selective", "sharding": "fsdp"}
+    config = ModelConfig(
+        n_layers=80, d_model=8192, n_heads=64, n_kv_heads=8, d_ff=28_672, vocab_size=32_000
+    )
+    known = {"gpus_per_node": 8, "n_nodes": 8}
+
+    setup = plan_layout(config, 4096, GPUS["H100"], wishes=Wishes(**told), **known)
+    wider = plan_layout(
+        config, 4096, GPUS["H100"], wishes=Wishes(**told | {"micro_batch_size": 4}), **known
+    )
+
+    assert (setup.micro_batch_size, setup.sequence_split) == (2, 1)
+    assert 1 < setup_memory(setup).total / GPUS["H100"].memory_bytes <= TIGHT
+    assert wider.sequence_split > 1
+
+
+def test_an_optimizer_sharded_alone_leaves_long_sequences_to_be_shared():
+    """NVIDIA trains Llama 3 8B so on 8 H100, two GPUs to a sequence (its NeMo recipe)."""
+    setup = plan("6.7b", "H100", context=16_384, sharding="zero1", recompute="none")
+
+    assert (setup.sharding, setup.sequence_split) == ("zero1", 2)
+    assert most_sequences(setup) >= 1
+
+
 def test_many_gpus_enlarge_the_batch_up_to_what_is_used():
     assert plan("124m", "H100", n_nodes=64).global_batch_size * 2048 >= 512 * 16_384
     assert plan("6.7b", "H100", n_nodes=512).global_batch_size * 2048 == MAX_BATCH_TOKENS

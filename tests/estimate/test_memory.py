@@ -1,10 +1,17 @@
 import pytest
 import torch
 
-from casallm.estimate.architecture import NAMED_SIZES, ModelConfig, count_params
+from casallm.estimate.architecture import (
+    NAMED_SIZES,
+    ModelConfig,
+    count_matmul_params,
+    count_params,
+)
 from casallm.estimate.hardware import GIB, GPUS
 from casallm.estimate.memory import (
     Precision,
+    Sharding,
+    Shards,
     compiled_block_bytes,
     largest_micro_batch,
     saved_tensors,
@@ -90,7 +97,7 @@ def test_recomputing_and_sharding_save_memory():
         return training_memory(config, 4, 2048, **how).total
 
     assert total(recompute="full") < total(recompute="selective") < total()
-    assert total(n_shards=8) < total()
+    assert total(shards=Shards("fsdp", 8)) < total(shards=Shards("zero1", 8)) < total()
     assert total(stack="compiled") < total(stack="eager")
 
 
@@ -102,6 +109,39 @@ def test_state_is_sixteen_bytes_a_parameter():
 
     assert state == 16 * count_params(config)
     assert memory.margin > GIB
+
+
+@pytest.mark.parametrize(
+    ("sharding", "precision", "fixed", "divided"),
+    [
+        ("ddp", "bf16", 16, 0),
+        ("zero1", "bf16", 6, 12),
+        ("zero1", "fp8", 6, 12),
+        ("zero1", "fp32", 8, 8),
+        ("fsdp", "bf16", 0, 16),
+    ],
+)
+def test_state_on_many_gpus_is_what_zero_divides(
+    sharding: Sharding, precision: Precision, fixed: int, divided: int
+):
+    """Of ZeRO-1 as Megatron-Core's guide to its distributed optimizer counts it."""
+    config = NAMED_SIZES["124m"]
+
+    for n_gpus in (2, 8, 64):
+        shards = Shards(sharding, n_gpus)
+        memory = training_memory(config, 1, 128, precision=precision, shards=shards)
+        state = memory.weights + memory.gradients + memory.optimizer
+        expected = (fixed + divided / n_gpus) * count_params(config)
+        assert state == pytest.approx(expected, abs=3)
+
+
+def test_weights_that_stay_whole_are_not_cast_a_second_time():
+    config = NAMED_SIZES["124m"]
+    whole, kept = (
+        training_memory(config, 1, 128, shards=Shards(sharding, 8)) for sharding in ("ddp", "zero1")
+    )
+
+    assert whole.activations - kept.activations == 2 * count_matmul_params(config)
 
 
 def test_a_model_that_does_not_fit_has_no_micro_batch():

@@ -5,7 +5,7 @@ import pytest
 
 from casallm.errors import ConfigError
 from casallm.estimate import throughput
-from casallm.estimate.architecture import NAMED_SIZES
+from casallm.estimate.architecture import NAMED_SIZES, count_matmul_params
 from casallm.estimate.hardware import GPUS
 from casallm.estimate.throughput import Setup, measured, predict, step_time
 
@@ -67,6 +67,26 @@ def test_attention_is_at_its_best_with_long_contexts_and_late_kernels():
     assert 2 * flops(context_length=65_536) > flops(context_length=32_768)
     early, late = flops(hardware=GPUS["H100"], stack="eager"), flops(hardware=GPUS["H100"])
     assert late / early > flops() / flops(stack="eager")
+
+
+@pytest.mark.parametrize(
+    ("sharding", "precision", "volume", "times"),
+    [
+        ("ddp", "bf16", 8, 1),
+        ("zero1", "bf16", 6, 1),
+        ("zero1", "fp8", 5, 1),
+        ("zero1", "fp32", 8, 1),
+        ("fsdp", "bf16", 6, 2),
+        ("fsdp", "fp8", 4, 2),
+    ],
+)
+def test_bytes_of_a_weight_that_travel_in_a_step_of_two_passes(sharding, precision, volume, times):
+    step = setup(hardware=GPUS["H100"], sharding=sharding, precision=precision)
+    moved = volume * count_matmul_params(step.config) * 7 / 8
+    seconds = throughput.load_constants().exposed * moved / step.hardware.link_bandwidth
+
+    assert step.micro_steps == 2
+    assert step_time(step).communication == pytest.approx(times * seconds)
 
 
 def test_sharing_a_sequence_costs_an_exchange_and_changes_no_work():
