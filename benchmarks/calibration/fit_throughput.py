@@ -5,7 +5,7 @@
 RUNS.csv is llm-foundry's benchmark (`../shared/data/published-runs/calibration.csv`). Beside this
 script lie other systems' figures, and llm-foundry's at other sizes, contexts and in fp8. Other
 systems are fitted by shape, machine, precision and stack; they are predicted from these, and once
-more as told: with the recomputation and the micro-batch that their publishers state.
+more as told: with the recomputation, the micro-batch and the sharding that their publishers state.
 `--write` stores constants and spread in the package. Other systems are laid out as an estimate
 would with the constants of the package: write until nothing moves.
 """

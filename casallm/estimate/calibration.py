@@ -19,7 +19,7 @@ from casallm.errors import DataError
 from casallm.estimate.architecture import ModelConfig, flops_per_token
 from casallm.estimate.hardware import gpu_named
 from casallm.estimate.layout import Wishes, plan_layout
-from casallm.estimate.memory import Precision, Recompute, Stack
+from casallm.estimate.memory import DataParallel, Precision, Recompute, Stack
 from casallm.estimate.throughput import Constants, Setup, step_time
 
 PRIORS: Mapping[str, tuple[float, float]] = {
@@ -90,7 +90,7 @@ def read_other_runs(path: Path) -> list[Run]:
 
 def read_told_runs(path: Path) -> list[Run]:
     """The same, laid out as an estimate would that is told all that their publishers state of
-    recomputation and micro-batch, as with `--recompute` and `--micro-batch`.
+    recomputation, micro-batch and sharding, as with `--recompute`, `--micro-batch`, `--sharding`.
     """
     return [_other_run(row, _stated(row)) for row in _read_rows(path)]
 
@@ -250,8 +250,9 @@ def _foundry_run(row: Mapping[str, str]) -> Run:
 
 def _stated(row: Mapping[str, str]) -> Wishes:
     """What a row's publisher states of the layout."""
-    recompute, micro_batch = row["recompute"], row["micro_batch"]
+    recompute, micro_batch, sharding = row["recompute"], row["micro_batch"], row["sharding"]
     return Wishes(
+        sharding=cast(DataParallel, _one_of(sharding, DataParallel)) if sharding else None,
         recompute=cast(Recompute, _one_of(recompute, Recompute)) if recompute else None,
         micro_batch_size=int(micro_batch) if micro_batch else None,
     )
