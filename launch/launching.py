@@ -13,7 +13,8 @@ from pathlib import Path
 
 from casallm.errors import CloudError
 
-CALLED_OFF = "called off"
+CALLED_OFF, LAUNCHED = "called off", "launched"
+"""The words that stand there when `down` has been, and when the launcher is done."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,12 @@ def announced(name: str) -> Iterator[Announcement]:
         yield announcement
     finally:
         if announcement.said() == announcement.token:
-            announcement.path.unlink(missing_ok=True)
+            _replace(announcement.path, LAUNCHED)
+
+
+def was_begun(name: str) -> bool:
+    """Whether a launch of `name` was ever begun from this computer."""
+    return (_folder() / name).exists()
 
 
 def withdraw(name: str | None) -> list[str]:
@@ -65,7 +71,7 @@ def withdraw(name: str | None) -> list[str]:
     """
     called_off = []
     for path in [_folder() / name] if name else sorted(_folder().glob("casallm-*")):
-        if path.exists() and path.read_text() != CALLED_OFF:
+        if path.exists() and path.read_text() not in (CALLED_OFF, LAUNCHED):
             _replace(path, CALLED_OFF)
             called_off.append(path.name)
     return called_off

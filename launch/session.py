@@ -13,13 +13,13 @@ import typer
 
 from casallm.errors import CasallmError, CloudError
 from casallm.storage.store import open_store
-from launch import aws, cluster, node
+from launch import aws, cluster, launching, node
 from launch.down import tear_down
 from launch.follow import Ending, bring_home, follow
 from launch.plan import Plan, build_plan
 from launch.preflight import Findings, Surroundings, preflight
 from launch.progress import read_progress
-from launch.request import ACCOUNT, PROJECT, LaunchRequest, machine_names, run_labels
+from launch.request import ACCOUNT, PROJECT, LaunchRequest, cluster_name, machine_names, run_labels
 from launch.screen import format_plan
 from launch.up import environment_of_this_process, launch_plan, three_commands
 
@@ -83,7 +83,7 @@ def run_down(run_url: str | None, cloud: str, *, is_sure: bool, say: Say) -> int
             return 1
     result = tear_down(run_url, cloud=cloud)
     usd = _paid(run_url) if run_url else None
-    if run_url and not result.ended and result.is_clean and not _exists(run_url):
+    if run_url and not result.ended and result.is_clean and not _was_begun(run_url):
         raise CloudError(
             f"there is no run at {run_url}, and nothing was rented for it: check RUN= and BUCKET=,"
             " or run `make down` alone, which ends everything"
@@ -226,8 +226,10 @@ def _rented(run_url: str | None) -> str:
     return "\n             ".join(rows) or "nothing"
 
 
-def _exists(run_url: str) -> bool:
-    """Whether the run was ever started; yes, where that cannot be found out."""
+def _was_begun(run_url: str) -> bool:
+    """Whether the run was ever launched or started; yes, where that cannot be found out."""
+    if launching.was_begun(cluster_name(run_url)):
+        return True
     try:
         return read_progress(open_store(run_url)).attempts > 0
     except CasallmError:

@@ -5,7 +5,7 @@ import pytest
 from casallm.errors import CloudError, StoreError
 from casallm.storage.store import open_store
 from casallm.train.attempts import claim
-from launch import aws, cluster, node, session
+from launch import aws, cluster, launching, node, session
 from launch.down import TearDown
 from launch.follow import Ending
 from launch.preflight import Findings
@@ -87,11 +87,23 @@ def test_what_cannot_be_looked_at_can_still_be_ended(monkeypatch):
 
 
 def test_down_for_a_run_that_never_was_does_not_say_that_nothing_is_left(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(session, "tear_down", lambda url, cloud: TearDown(is_proven=True))
     url = str(tmp_path / "typo")
 
     with pytest.raises(CloudError, match=f"there is no run at {url}, and nothing was rented"):
         session.run_down(url, "aws", is_sure=True, say=pytest.fail)
+
+
+def test_down_for_a_launch_that_was_killed_before_it_rented_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(session, "tear_down", lambda url, cloud: TearDown(is_proven=True))
+    url, said = str(tmp_path / "killed"), []
+    with launching.announced(cluster_name(url)):
+        pass
+
+    assert session.run_down(url, "aws", is_sure=True, say=said.append) == 0
+    assert said == ["nothing left"]
 
 
 @pytest.fixture

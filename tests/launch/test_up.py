@@ -363,7 +363,8 @@ def test_a_start_that_is_killed_leaves_no_word_that_stops_the_next(skypilot, pla
     launch_plan(plan, {})
 
     assert begun == ["reconcile", plan.name]
-    assert not word.exists()
+    assert word.read_text() == launching.LAUNCHED
+    assert launching.withdraw(plan.name) == []  # there is no launcher any more to call off
 
 
 def test_several_nodes_ask_for_the_fast_network(plan_of):
