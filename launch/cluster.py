@@ -196,10 +196,14 @@ def live_names() -> list[str]:
     return sorted({name for name in names if name.startswith(PREFIX)})
 
 
-def known_names() -> set[str]:
-    """Every managed job and cluster that SkyPilot remembers, whatever became of it."""
-    names = {str(record["job_name"]) for record in _jobs()}
-    return names | {str(record["name"]) for record in _clusters()}
+def job_names() -> set[str]:
+    """Every managed job that SkyPilot remembers, whatever became of it."""
+    return {str(record["job_name"]) for record in _jobs()}
+
+
+def cluster_names() -> set[str]:
+    """Every cluster that SkyPilot knows, controllers too."""
+    return {str(record["name"]) for record in _clusters()}
 
 
 def has_cluster(name: str) -> bool:
@@ -290,9 +294,10 @@ def _print_log(name: str, *, follow: bool, lines: int | None) -> int:
     with explained():
         if current.kind == "job":
             is_followed = follow and current.is_live
-            return int(sky.jobs.tail_logs(job_id=current.job_id, follow=is_followed, tail=lines))
+            code = sky.jobs.tail_logs(job_id=current.job_id, follow=is_followed, tail=lines)
+            return int(code or 0)
         if current.kind == "cluster":
-            return int(sky.tail_logs(name, None, follow=follow, tail=lines or 0))
+            return int(sky.tail_logs(name, None, follow=follow, tail=lines or 0) or 0)
     raise CloudError(f"SkyPilot knows nothing that is called {name}: look at `make status`")
 
 
@@ -311,9 +316,10 @@ def _jobs() -> list[dict[str, Any]]:
     except (NotUpError, AbsentError) as error:
         if NO_JOBS in str(error) or controller() in (None, "STOPPED"):
             return []
+        name = next(each for each in cluster_names() if each.startswith(aws.CONTROLLER))
         raise CloudError(
             f"SkyPilot's controller of managed jobs does not answer ({error}): run the same"
-            " command again"
+            f" command again; where it stays so, `sky down {name}` ends it"
         ) from None
     rows = [record if isinstance(record, dict) else record.model_dump() for record in records]
     return sorted(rows, key=lambda row: -int(row.get("job_id") or 0))

@@ -79,10 +79,10 @@ def tear_down(run_url: str | None, *, cloud: str = "aws") -> TearDown:
     names = machine_names(run_url) if run_url else []
     for each in launching.withdraw(names[0] if names else None):
         result.ended.append(f"the wait for machines of {each}")
-    with result.noting():
-        known = cluster.known_names()
-        names = names or sorted({*cluster.live_names(), *cluster.launches()})
-    for name in names:
+    for ask in (cluster.cluster_names, cluster.job_names):
+        with result.noting():
+            known |= ask()
+    for name in names or _live_names(result):
         _end_known(name, result)
     with result.noting():
         if cluster.end_idle_controller():
@@ -95,8 +95,17 @@ def tear_down(run_url: str | None, *, cloud: str = "aws") -> TearDown:
             _look_for_others(run_url, found, known, result)
             result.is_proven = True
         else:
-            result.left = sorted({*cluster.live_names()} & {*names})
+            result.left = sorted({*cluster.live_names()} & {*(names or known)})
     return result
+
+
+def _live_names(result: TearDown) -> list[str]:
+    """Everything of ours that SkyPilot has running or is launching; each is asked apart."""
+    names: set[str] = set()
+    for ask in (cluster.cluster_names, cluster.launches, cluster.live_names):
+        with result.noting():
+            names |= {name for name in ask() if name.startswith(cluster.PREFIX)}
+    return sorted(names)
 
 
 def _end_known(name: str, result: TearDown) -> None:
@@ -165,7 +174,7 @@ def _look_for_others(
     ]
     result.notes += [f"{each} is of another computer's SkyPilot: left alone" for each in others]
     strangers = {each.spot_run for each in found} - known - {""}
-    if run_url and others:
+    if run_url and others and not launching.was_begun(cluster_name(run_url)):
         strangers |= {cluster_name(run_url)} - known
     result.problems += [
         f"{run} is no launch of this computer's SkyPilot: if another still watches it, that one"

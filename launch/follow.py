@@ -162,4 +162,4 @@ def _ended(progress: RunProgress, job: str, current: cluster.Standing) -> Ending
     steps = f"its last step was {progress.step:,}" if progress.step else "it made no step"
     said = progress.last or current.details or (steps if progress.attempts else "it never began")
     reason = f"the job ended ({job or 'its machines are gone'}): {said}"
-    return Ending(False, reason, was_told=job.startswith("FAILED"))
+    return Ending(False, reason, was_told=job == "FAILED")

@@ -26,6 +26,8 @@ METADATA = "http://169.254.169.254/latest"
 
 EXIT_AGAIN = 75
 
+CLOCK_SLACK_SECONDS = 3600.0
+
 SETUP_HOURS = 1.0
 """From a machine that was got in time to the run's first start: boot, installation, retries."""
 
@@ -110,9 +112,9 @@ def require_in_time(run: Store, launched_at: str, now: float) -> None:
     """
     if not launched_at:
         return
-    since = float(launched_at)
+    since = float(launched_at)  # by the clock of another computer
     hours = (now - since) / 3600
-    if hours < CAPACITY_HOURS + SETUP_HOURS or _has_begun_since(run, since):
+    if hours < CAPACITY_HOURS + SETUP_HOURS or _has_begun_since(run, since - CLOCK_SLACK_SECONDS):
         return
     raise CloudError(
         f"the machine came {hours:.1f} h after the launch of {run.url}, which was to wait"

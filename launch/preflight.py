@@ -6,6 +6,7 @@ so that a person sees all of them together.
 
 import importlib.metadata
 import math
+import re
 import secrets
 import shutil
 import subprocess
@@ -14,10 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from casallm.config import Tree, parse_yaml, to_tree, to_yaml
+from casallm.config import Tree
 from casallm.data.manifest import parse_manifest
 from casallm.errors import CasallmError, StoreExistsError, StoreNotFoundError
-from casallm.estimate.architecture import ModelConfig
 from casallm.storage.store import open_store
 from casallm.units import format_count
 from launch import aws
@@ -226,56 +226,60 @@ def check_data(url: str, vocab_size: int) -> Findings:
 
 def check_run(plan: Plan) -> Findings:
     """A run that was begun at this URL is this run, not one of the same name."""
-    url = plan.request.run_url
-    if ACCOUNT in url:
-        url = url.replace(ACCOUNT, aws.account_id())
+    url = _with_account(plan.request.run_url)
     identity = read_identity(open_store(url))
-    differences = [] if plan.request.job == "sft" else _other_shape(identity, plan)
-    steps = str(_section(identity, "train").get("steps", ""))
-    planned = math.ceil(plan.workload.tokens / plan.workload.batch_tokens)
-    if plan.workload.is_length_given and steps.isdigit() and abs(int(steps) - planned) > 1:
-        differences.append(f"train.steps is {steps} there and {planned} here")
+    differences = [] if plan.request.job == "sft" else _other_size(identity, plan)
+    train = _section(identity, "train")
+    steps, *batch = (
+        int(str(train.get(name) or 0)) for name in ("steps", "global_batch_size", "context_length")
+    )
+    if plan.request.tokens and steps and all(batch):
+        planned = math.ceil(plan.workload.tokens / math.prod(batch))
+        if abs(steps - planned) > 1:
+            differences.append(f"train.steps is {steps} there and {planned} here")
     if not differences:
         return Findings()
     return Findings(
         (
-            f"{url} is a run of other settings ({'; '.join(differences[:3])}): give this one"
+            f"{url} is a run of other settings ({'; '.join(differences)}): give this one"
             " another name with RUN=, or the settings of that one",
         )
     )
 
 
-def check_base(plan: Plan, url: str) -> Findings:
+def check_base(plan: Plan, base: str) -> Findings:
     """The run that an assistant is made of has a checkpoint, and the size of the plan."""
-    base = open_store(url)
-    if not read_progress(base).checkpoint:
+    if read_identity(open_store(_with_account(plan.request.run_url))):
+        return Findings()  # begun before: it holds what it needs of its base
+    url = _with_account(re.sub(r"@\d+$", "", base))  # RUN@STEP names one checkpoint
+    if not read_progress(open_store(url)).checkpoint:
         return Findings(
             (f"there is no checkpoint of a run at {url}: name a pretrained one with FROM=s3://…",)
         )
-    differences = _other_shape(read_identity(base), plan)
+    differences = _other_size(read_identity(open_store(url)), plan)
     if not differences:
         return Findings()
     return Findings(
         (
-            f"{url} is not of the planned size ({'; '.join(differences[:3])}): add the PRESET= or"
+            f"{url} is not of the planned size ({'; '.join(differences)}): add the PRESET= or"
             " PARAMS= that it was made with",
         )
     )
 
 
-def _other_shape(identity: Tree, plan: Plan) -> list[str]:
-    """Where the model of a run is not the planned one."""
-    there, here = _section(identity, "model"), _as_text(plan.workload.config)
+def _with_account(url: str) -> str:
+    return url.replace(ACCOUNT, aws.account_id()) if ACCOUNT in url else url
+
+
+def _other_size(identity: Tree, plan: Plan) -> list[str]:
+    """Where the model of a run is of another size than the planned one."""
+    there, config = _section(identity, "model"), plan.workload.config
+    sizes = {"n_layers": config.n_layers, "d_model": config.d_model}
     return [
-        f"model.{name} is {there[name]} there and {here[name]} here"
-        for name in here
-        if name in there and there[name] != here[name]
+        f"model.{name} is {there[name]} there and {here} here"
+        for name, here in sizes.items()
+        if name in there and str(there[name]) != str(here)
     ]
-
-
-def _as_text(config: ModelConfig) -> Tree:
-    """The settings as a run's own file would give them back."""
-    return parse_yaml(to_yaml(to_tree(config)), where="the plan")
 
 
 def _section(identity: Tree, name: str) -> Tree:

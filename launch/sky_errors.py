@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from casallm.errors import CloudError
+from casallm.errors import CasallmError, CloudError
 from launch import aws
 
 CAPACITY_CODES = (
@@ -46,11 +46,9 @@ def explained(log: Callable[[], str] = str) -> Iterator[None]:
     """
     from sky import exceptions
 
-    anything_else: tuple[type[Exception], ...] = (RuntimeError, ValueError, OSError)
-    anything_else += _own_errors(exceptions)
     try:
         yield
-    except CloudError:
+    except CasallmError:
         raise
     except exceptions.ClusterDoesNotExist as error:
         raise AbsentError(_first_sentence(error)) from None
@@ -66,7 +64,7 @@ def explained(log: Callable[[], str] = str) -> Iterator[None]:
         raise CloudError(
             f"SkyPilot's API server stopped ({_first_sentence(error)}): run the same command again"
         ) from None
-    except anything_else as error:
+    except Exception as error:  # noqa: BLE001 - the server sends on whatever it met
         said = _first_sentence(error).rstrip(".")
         raise CloudError(f"SkyPilot: {said} (see ~/.sky/api_server/server.log)") from None
 
@@ -97,12 +95,6 @@ def _unavailable(error: Any, log: str) -> CloudError:
 def _quoted(refusals: Mapping[str, str]) -> str:
     code, words = next(iter(refusals.items()))
     return f"{code}: {words.partition('. ')[0].strip().rstrip('.')}"
-
-
-def _own_errors(module: Any) -> tuple[type[Exception], ...]:
-    """Every exception that SkyPilot defines; they have no common parent."""
-    defined = vars(module).values()
-    return tuple(each for each in defined if isinstance(each, type) and issubclass(each, Exception))
 
 
 def _first_sentence(error: BaseException) -> str:

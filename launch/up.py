@@ -46,7 +46,7 @@ def launch_plan(plan: Plan, environment: Mapping[str, str]) -> None:
         current, preparing = (cluster.standing(name) for name in names)
         if not current.is_live and not preparing.is_live:
             reconcile(plan)
-        if current.is_live and (current.kind == "job" or _is_at_work(plan, current)):
+        if current.is_live and (current.kind == "job" or _is_at_work(plan.name, plan)):
             log.info("%s runs already (%s): it is not started twice", plan.name, current.status)
             return
         if current.kind == "cluster":  # idle: it may delete itself at any moment
@@ -66,8 +66,10 @@ def reconcile(plan: Plan) -> None:
     if plan.request.cloud != "aws":
         return
     regions = sorted({candidate.offer.region for candidate in plan.candidates})
-    found = aws.survey(regions, run_labels(plan.request.run_url)).found
-    if found and not {*machine_names(plan.request.run_url)} & cluster.known_names():
+    seen = aws.survey(regions, run_labels(plan.request.run_url)).found
+    found = [each for each in seen if each.kind == "instance" and each.state != "shutting-down"]
+    known = found and cluster.cluster_names() | cluster.job_names()
+    if found and not {*machine_names(plan.request.run_url)} & {*known}:
         raise CloudError(
             f"{plan.request.run_url} has {found[0]}, which this computer's SkyPilot did not rent:"
             " the run goes on from another computer (`make status`, `make logs` there), or that one"
@@ -75,8 +77,7 @@ def reconcile(plan: Plan) -> None:
         )
     for each in found:
         log.warning("an earlier start left %s behind: it is ended", each)
-        if each.kind != "volume":
-            aws.remove(each)
+        aws.remove(each)
 
 
 def train_task(plan: Plan, environment: Mapping[str, str]) -> Tree:
@@ -139,7 +140,7 @@ def three_commands(request: LaunchRequest, *, is_launched: bool = True) -> str:
     cloud = "" if request.cloud == "aws" else f" CLOUD={request.cloud}"
     here = "it goes on without this computer, also while it waits for a machine:"
     if not is_launched:
-        here = "it is not launched yet: the same command again goes on, or"
+        here = "it may be being launched still: the same command again goes on, or"
     return f"{here}\n  make status RUN={url}\n  make logs RUN={url}\n  make down RUN={url}{cloud}"
 
 
@@ -202,14 +203,15 @@ def _wait_for_capacity() -> None:
         ) from None
 
 
-def _is_at_work(plan: Plan, current: cluster.Standing) -> bool:
+def _is_at_work(name: str, plan: Plan) -> bool:
+    """As `_has_work`; where SkyPilot does not reach the machine, a person must look."""
     try:
-        return _has_work(plan.name)
+        return _has_work(name)
     except NotUpError as error:
         raise CloudError(
-            f"SkyPilot has {plan.name} as {current.status} and does not reach it ({error}): where"
-            f" `make status RUN={plan.request.run_url}` shows no progress, `make down` with the"
-            " same RUN ends it, and this command begins anew"
+            f"SkyPilot has {name} and does not reach it ({error}): where `make status"
+            f" RUN={plan.request.run_url}` shows no progress, `make down` with the same RUN ends"
+            " it, and this command begins anew"
         ) from None
 
 
@@ -225,7 +227,7 @@ def _prepare(plan: Plan, environment: Mapping[str, str], announcement: Announcem
     if shards.exists("manifest.json"):
         return
     log.info("preparing %s into %s", plan.request.data, plan.workload.data_url)
-    if not _has_work(name):
+    if not _is_at_work(name, plan):
         cluster.end_cluster(name)
         _launch(prepare_task(plan, environment), name, announcement)
     deadline, looks = time.monotonic() + 3600 * plan.prepare_hours, 0

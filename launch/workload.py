@@ -50,8 +50,6 @@ class Workload:
     batch_tokens: int
     """Tokens of an optimizer step."""
     tokens: int
-    is_length_given: bool
-    """Whether somebody asked for so many; the trainer may shorten a run otherwise."""
     data: DataKind
     data_url: str
     """Where its shards are or will be; empty for the built-in corpus."""
@@ -75,6 +73,8 @@ def read_workload(request: LaunchRequest) -> Workload:
         raise ConfigError("PRESET and PARAMS both choose the size: give one of them")
     if request.job == "sft" and not request.start_from:
         raise ConfigError("sft starts from a run: add FROM=s3://BUCKET/NAME (--from)")
+    if request.job == "sft" and any(each.startswith("model.") for each in request.settings):
+        raise ConfigError("an assistant has the model of its base: leave out SET=model.…")
     if request.start_from and Path(request.start_from).exists():
         raise ConfigError(
             f"FROM={request.start_from} is on this computer, where machines in a cloud cannot read"
@@ -87,14 +87,14 @@ def read_workload(request: LaunchRequest) -> Workload:
     context_length = _whole(settings, "context_length")
     batch_tokens = _whole(settings, "global_batch_size") * context_length
     kind, url = _data(request)
-    has_steps = "steps" in asked.get("train", {})
     return Workload(
         size=(request.params or request.preset or DEFAULT_PRESET).lower(),
         config=config,
         context_length=context_length,
         batch_tokens=batch_tokens,
-        tokens=_tokens(request, settings, batch_tokens, is_length_given=has_steps),
-        is_length_given=has_steps or bool(request.tokens),
+        tokens=_tokens(
+            request, settings, batch_tokens, is_length_given="steps" in asked.get("train", {})
+        ),
         data=kind,
         data_url=url,
     )

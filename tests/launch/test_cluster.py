@@ -216,7 +216,23 @@ def test_a_controller_that_does_not_answer_is_not_taken_for_no_jobs(sky):
     with pytest.raises(CloudError, match="does not answer"):
         cluster.end_job("casallm-a")
 
+    with pytest.raises(CloudError, match="`sky down sky-jobs-controller-abc` ends it"):
+        cluster.live_names()
+
     assert sky.ended == []
+
+
+def test_the_log_of_a_job_that_has_ended_is_no_error(sky):
+    sky.jobs = [job("casallm-a", "FAILED")]
+    sky.api.jobs.tail_logs = lambda **_: None  # as SkyPilot answers where nobody follows
+
+    assert cluster.tail("casallm-a") == 0
+    cluster.last_words("casallm-a")
+
+
+def test_whatever_the_server_sends_on_is_one_sentence():
+    with pytest.raises(CloudError, match=r"SkyPilot: 'zone' \(see ~/"), explained():
+        raise KeyError("zone")
 
 
 @pytest.mark.parametrize(

@@ -120,10 +120,17 @@ def test_what_aws_refuses_to_end_is_said(account, monkeypatch):
         aws.remove(aws.Leftover("instance", "i-0123456789abcdef0", "us-east-1", "running"))
 
 
+def _answer(has, answer):
+    if has.is_silent:
+        raise CloudError("SkyPilot's controller of managed jobs does not answer")
+    return answer
+
+
 @pytest.fixture
 def skypilot(account, monkeypatch, tmp_path):
     """SkyPilot as far as `down` asks it, over moto's AWS: what it has, and what was ended."""
     has = SimpleNamespace(launches={}, jobs={}, clusters=[], controller=None, is_shared=False)
+    has.is_silent = False
     ended = []
 
     def standing(name):
@@ -147,8 +154,9 @@ def skypilot(account, monkeypatch, tmp_path):
         "cancel_launches": lambda name: bool(has.launches.pop(name, None)),
         "standing": standing,
         "has_cluster": lambda name: name in has.clusters,
-        "known_names": lambda: {*has.jobs, *has.clusters},
-        "live_names": lambda: sorted({*has.jobs, *has.clusters}),
+        "job_names": lambda: _answer(has, set(has.jobs)),
+        "cluster_names": lambda: set(has.clusters),
+        "live_names": lambda: _answer(has, sorted({*has.jobs, *has.clusters})),
         "controller": lambda: has.controller,
         "end_job": end,
         "end_cluster": end,
@@ -226,6 +234,31 @@ def test_what_this_computers_skypilot_launched_is_certain(skypilot, account, kno
     result = down.tear_down(RUN)
 
     assert (result.is_clean, len(result.notes)) == (True, int(known == NAME))
+
+
+def test_a_controller_that_does_not_answer_keeps_no_cluster_and_no_launch_alive(skypilot, account):
+    has, ended = skypilot
+    own = "sky-jobs-controller-abc123"
+    has.is_silent, has.clusters = True, ["casallm-a-123456", own]
+    has.launches = {"casallm-b-123456": ["request"]}
+    rent_controller(account, "us-west-2")
+
+    result = down.tear_down(None)
+
+    assert ended == ["casallm-a-123456"]
+    assert "launch of casallm-b-123456" in result.ended
+    assert result.problems == ["SkyPilot's controller of managed jobs does not answer"]
+    assert not [note for note in result.notes if "another computer" in note]
+
+
+def test_a_run_that_was_launched_from_here_is_certain_also_when_its_records_are_gone(
+    skypilot, account
+):
+    rent_controller(account, "us-west-2")
+    with launching.announced(NAME):
+        pass
+
+    assert down.tear_down(RUN).is_clean
 
 
 def test_uploads_that_nobody_can_be_at_any_longer_are_ended_with_everything(skypilot, account):

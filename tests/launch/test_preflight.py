@@ -295,7 +295,7 @@ def test_an_assistant_needs_a_run_to_start_from(account, plan_of):
 CONFIG = """
 identity:
   model: {{family: classic, n_layers: {n_layers}, d_model: 1024, is_tied: true, d_ff: null}}
-  train: {{steps: {steps}}}
+  train: {{steps: {steps}, global_batch_size: 256, context_length: 2048}}
 """
 
 
@@ -326,12 +326,38 @@ def test_a_run_of_the_same_name_and_other_settings_is_not_continued(
     )
 
 
+def test_a_run_whose_batch_the_node_chose_is_continued(plan_of, tmp_path):
+    plan = plan_of(run=f"file://{tmp_path}/x", params="1.2B", tokens="10B")
+    shape = plan.workload.config
+    identity = (
+        f"identity:\n  model: {{n_layers: {shape.n_layers}, d_model: {shape.d_model}}}\n"
+        "  train: {steps: 9537, global_batch_size: 512, context_length: 2048}\n"
+    )
+    open_store(plan.request.run_url).write("config.yaml", identity.encode())
+
+    assert check_run(plan).problems == ()
+
+
+def test_a_checkpoint_of_a_base_may_be_named(plan_of, tmp_path):
+    base = open_store(str(tmp_path / "base"))
+    claim(base, parent=None)
+    base.write("checkpoints/step-00000001-a1/manifest.json", b"{}")
+    base.write("config.yaml", CONFIG.format(n_layers=24, steps=1).encode())
+    plan = plan_of(
+        job="sft", run=f"file://{tmp_path}/sft", start_from="s3://b/x", preset="350m", is_spot=False
+    )
+
+    assert check_base(plan, f"{base.url}@18000").problems == ()
+
+
 def test_a_base_of_another_size_than_planned_is_told(plan_of, tmp_path):
     base = open_store(str(tmp_path / "base"))
     claim(base, parent=None)
     base.write("checkpoints/step-00000001-a1/manifest.json", b"{}")
     base.write("config.yaml", CONFIG.format(n_layers=12, steps=1).encode())
-    plan = plan_of(job="sft", start_from="s3://ours/base", preset="350m", is_spot=False)
+    plan = plan_of(
+        job="sft", run=f"file://{tmp_path}/sft", start_from="s3://b/x", preset="350m", is_spot=False
+    )
 
     assert check_base(plan, base.url).problems == (
         f"{base.url} is not of the planned size (model.n_layers is 12 there and 24 here): add the"

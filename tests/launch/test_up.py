@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 
 from casallm.errors import CloudError
 from casallm.storage.store import open_store
-from launch import cluster, launching, up
+from launch import aws, cluster, launching, up
 from launch.request import LaunchRequest, cluster_name, run_labels
 from launch.sky_errors import NoCapacityError, NotUpError
 from launch.up import launch_plan, prepare_task, three_commands, train_task
@@ -112,7 +113,8 @@ def rented(account, plan):
 def test_the_machine_of_another_computers_launch_is_not_ended(account, plan_of, monkeypatch):
     plan = plan_of(run="s3://ours/x")
     state = rented(account, plan)
-    monkeypatch.setattr(cluster, "known_names", set)
+    monkeypatch.setattr(cluster, "cluster_names", set)
+    monkeypatch.setattr(cluster, "job_names", set)
 
     with pytest.raises(CloudError, match=r"which this computer's SkyPilot did not rent: the run g"):
         up.reconcile(plan)
@@ -123,11 +125,24 @@ def test_the_machine_of_another_computers_launch_is_not_ended(account, plan_of, 
 def test_the_machine_of_an_earlier_start_is_ended(account, plan_of, monkeypatch):
     plan = plan_of(run="s3://ours/x")
     state = rented(account, plan)
-    monkeypatch.setattr(cluster, "known_names", lambda: {plan.name})
+    monkeypatch.setattr(cluster, "cluster_names", set)
+    monkeypatch.setattr(cluster, "job_names", lambda: {plan.name})
 
     up.reconcile(plan)
 
     assert state() in ("shutting-down", "terminated")
+
+
+def test_a_machine_that_is_going_already_is_nobody_elses(account, plan_of, monkeypatch):
+    plan = plan_of(run="s3://ours/x")
+    rented(account, plan)
+    seen = aws.survey([plan.candidates[0].offer.region], run_labels(plan.request.run_url)).found
+    going = aws.Survey(tuple(replace(each, state="shutting-down") for each in seen))
+    monkeypatch.setattr(aws, "survey", lambda regions, labels: going)
+    monkeypatch.setattr(cluster, "cluster_names", set)
+    monkeypatch.setattr(cluster, "job_names", set)
+
+    up.reconcile(plan)
 
 
 def test_what_an_earlier_start_left_is_ended_before_another_begins(skypilot, plan_of):
@@ -182,9 +197,9 @@ def test_a_cluster_that_skypilot_does_not_reach_is_neither_ended_nor_launched_on
         launch_plan(plan, {})
 
     assert str(refused.value) == (
-        f"SkyPilot has {plan.name} as INIT and does not reach it (no connection): where `make"
-        " status RUN=s3://ours/x` shows no progress, `make down` with the same RUN ends it, and"
-        " this command begins anew"
+        f"SkyPilot has {plan.name} and does not reach it (no connection): where `make status"
+        " RUN=s3://ours/x` shows no progress, `make down` with the same RUN ends it, and this"
+        " command begins anew"
     )
     assert begun == []
 
@@ -390,7 +405,7 @@ def test_several_nodes_ask_for_the_fast_network(plan_of):
             "lambda",
             False,
             [
-                "it is not launched yet: the same command again goes on, or",
+                "it may be being launched still: the same command again goes on, or",
                 "  make status RUN=s3://ours/x",
                 "  make logs RUN=s3://ours/x",
                 "  make down RUN=s3://ours/x CLOUD=lambda",
