@@ -157,14 +157,12 @@ def survey(regions: Iterable[str], labels: dict[str, str]) -> Survey:
     A region that a policy closes to this user is named and does not hide the others; CloudError
     where all of them are closed.
     """
-    names = list(regions)
-    with _explained():
-        clients = dict(zip(names, _clients("ec2", names), strict=True))
-    answers = _in_parallel(lambda region: _look(region, clients[region], labels), names)
-    refused = {n: a for n, a in zip(names, answers, strict=True) if isinstance(a, CloudError)}
-    if refused and len(refused) == len(names):
-        raise refused[names[0]]
-    found = (each for answer in answers if not isinstance(answer, CloudError) for each in answer)
+    answers = _look_into(regions, lambda region, ec2: _left_in(region, ec2, labels))
+    refused = {n: a for n, a in answers.items() if isinstance(a, CloudError)}
+    if refused and len(refused) == len(answers):
+        raise next(iter(refused.values()))
+    seen = (each for each in answers.values() if not isinstance(each, CloudError))
+    found = (leftover for each in seen for leftover in each)
     return Survey(tuple(sorted(found, key=str)), tuple(refused))
 
 
@@ -173,11 +171,9 @@ def controllers(regions: Iterable[str]) -> dict[str, str]:
 
     SkyPilot gives them no label; regions that are closed to this user have none.
     """
-    names = list(regions)
-    with _explained():
-        clients = dict(zip(names, _clients("ec2", names), strict=True))
-    found = _in_parallel(lambda region: _controllers_in(region, clients[region]), names)
-    return {name: phrase for part in found for name, phrase in part.items()}
+    answers = _look_into(regions, _controllers_in).values()
+    seen = (each for each in answers if not isinstance(each, CloudError))
+    return {name: phrase for each in seen for name, phrase in each.items()}
 
 
 def unfinished_uploads(
@@ -221,16 +217,22 @@ def _remove(leftover: Leftover) -> None:
         ec2.delete_volume(VolumeId=leftover.id)
 
 
-def _look(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover] | CloudError:
-    """What is in the region, or why this user may not look."""
-    errors = _errors()
+def _look_into(regions: Iterable[str], look: Callable[[str, Any], T]) -> dict[str, T | CloudError]:
+    """What `look` finds in each region, by its client of EC2, or why this user may not look."""
+    names, errors = list(regions), _errors()
+
+    def ask(region: str) -> T | CloudError:
+        with _explained():
+            try:
+                return look(region, clients[region])
+            except errors.ClientError as error:
+                if error.response["Error"]["Code"] not in CLOSED:
+                    raise
+                return CloudError(_refusal(error))
+
     with _explained():
-        try:
-            return _left_in(region, ec2, labels)
-        except errors.ClientError as error:
-            if error.response["Error"]["Code"] not in CLOSED:
-                raise
-            return CloudError(_refusal(error))
+        clients = dict(zip(names, _clients("ec2", names), strict=True))
+    return dict(zip(names, _in_parallel(ask, names), strict=True))
 
 
 def _left_in(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover]:
@@ -251,22 +253,15 @@ def _left_in(region: str, ec2: Any, labels: dict[str, str]) -> list[Leftover]:
 
 
 def _controllers_in(region: str, ec2: Any) -> dict[str, str]:
-    errors = _errors()
     filters = [
         {"Name": "tag:Name", "Values": [f"{CONTROLLER}*"]},
         {"Name": "instance-state-name", "Values": ["pending", "running"]},
     ]
-    with _explained():
-        try:
-            reservations = list(_all(ec2, "describe_instances", "Reservations", filters))
-        except errors.ClientError as error:
-            if error.response["Error"]["Code"] not in CLOSED:
-                raise
-            return {}
-    instances = [each for reservation in reservations for each in reservation["Instances"]]
+    reservations = _all(ec2, "describe_instances", "Reservations", filters)
     return {
         tag["Value"]: f"controller {each['InstanceId']} in {region}"
-        for each in instances
+        for reservation in reservations
+        for each in reservation["Instances"]
         for tag in each["Tags"]
         if tag["Key"] == "Name"
     }

@@ -91,8 +91,9 @@ def tear_down(run_url: str | None, *, cloud: str = "aws") -> TearDown:
             result.notes.append("SkyPilot's controller stays: it has other jobs, or had others'")
     with result.noting():
         if cloud == "aws":
-            found = _prove(run_url, result)
-            _look_for_others(run_url, found, known, result)
+            regions = aws.enabled_regions()
+            found = _prove(run_url, regions, result)
+            _look_for_others(run_url, regions, found, known, result)
             result.is_proven = True
         else:
             result.left = sorted({*cluster.live_names()} & {*(names or known)})
@@ -125,10 +126,10 @@ def _end_known(name: str, result: TearDown) -> None:
             result.ended.append(f"cluster {name}")
 
 
-def _prove(run_url: str | None, result: TearDown) -> list[aws.Leftover]:
+def _prove(run_url: str | None, regions: list[str], result: TearDown) -> list[aws.Leftover]:
     """Ask AWS itself what is there, end that, and watch it until it is gone; what there was."""
     labels = run_labels(run_url) if run_url else PROJECT
-    seen = aws.survey(aws.enabled_regions(), labels)
+    seen = aws.survey(regions, labels)
     found = [*seen.found, *_uploads(run_url, result)]
     for each in found:
         if (
@@ -163,13 +164,17 @@ def _wait_until_gone(
 
 
 def _look_for_others(
-    run_url: str | None, found: list[aws.Leftover], known: set[str], result: TearDown
+    run_url: str | None,
+    regions: list[str],
+    found: list[aws.Leftover],
+    known: set[str],
+    result: TearDown,
 ) -> None:
     """Say what another computer's SkyPilot may rent again; what that watches cannot be asked."""
     ours = {each for each in known if each.startswith(aws.CONTROLLER)}
     others = [
         each
-        for name, each in aws.controllers(aws.enabled_regions()).items()
+        for name, each in aws.controllers(regions).items()
         if not any(name.startswith(own) for own in ours)
     ]
     result.notes += [f"{each} is of another computer's SkyPilot: left alone" for each in others]
