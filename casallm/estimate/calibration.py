@@ -15,7 +15,7 @@ from typing import Literal, cast, get_args
 
 import numpy as np
 
-from casallm.errors import DataError
+from casallm.errors import ConfigError, DataError
 from casallm.estimate.architecture import ModelConfig, flops_per_token
 from casallm.estimate.hardware import gpu_named
 from casallm.estimate.layout import Wishes, plan_layout
@@ -91,8 +91,16 @@ def read_other_runs(path: Path) -> list[Run]:
 def read_told_runs(path: Path) -> list[Run]:
     """The same, laid out as an estimate would that is told all that their publishers state of
     recomputation, micro-batch and sharding, as with `--recompute`, `--micro-batch`, `--sharding`.
+
+    What does not fit so by our count (some keep less than 16 bytes a parameter) is laid out freely.
     """
-    return [_other_run(row, _stated(row)) for row in _read_rows(path)]
+    runs = []
+    for row in _read_rows(path):
+        try:
+            runs.append(_other_run(row, _stated(row)))
+        except ConfigError:
+            runs.append(_other_run(row, Wishes()))
+    return runs
 
 
 def start_constants() -> Constants:

@@ -11,6 +11,7 @@ from casallm.errors import DataError
 from casallm.estimate import calibration
 from casallm.estimate.calibration import PRIORS, Run, Score
 from casallm.estimate.throughput import (
+    Z90,
     Throughput,
     load_constants,
     load_spread,
@@ -111,9 +112,9 @@ def test_a_system_that_was_left_out_is_predicted_too(shared_data: Path):
     assert bf16.median <= 0.07
     assert bf16.p90 <= 0.18
     assert fp8.median <= 0.085
-    assert fp8.p90 <= 0.33
-    assert free(runs, score).median <= 0.071
-    assert free(runs, score).p90 <= 0.21
+    assert fp8.p90 <= 0.25
+    assert free(runs, score).median <= 0.07
+    assert free(runs, score).p90 <= 0.2
     assert free(runs, score).median < free(runs, constant).median / 2
     assert coverage(score, runs) >= 0.8
 
@@ -130,10 +131,34 @@ def test_what_is_told_of_the_layout_brings_the_far_ones_nearer(shared_data: Path
     assert bf16.median <= 0.07
     assert bf16.p90 <= 0.18
     assert fp8.median <= 0.085
-    assert fp8.p90 <= 0.24
+    assert fp8.p90 <= 0.23
     assert free(asked, score).median <= 0.07
     assert free(asked, score).p90 <= 0.18 < free(runs, shape).p90
     assert coverage(score, asked) >= 0.8
+
+
+@pytest.mark.parametrize("read", [calibration.read_other_runs, calibration.read_told_runs])
+def test_the_interval_holds_programs_that_were_never_fitted(read):
+    """Collected by readers who knew neither model nor predictions; the bar is not for these."""
+    runs = read(HERE / "unseen_systems.csv")
+    fitted = {run.system for run in others()}
+
+    score = calibration.score(calibration.log_errors(runs, load_constants()))
+
+    assert len(runs) == 196
+    assert not fitted & {run.system for run in runs}
+    assert coverage(score, runs) >= 0.8
+    assert free(runs, score).median <= 0.13
+    assert free(runs, score).p90 <= 0.6
+
+
+def test_a_layout_that_is_told_and_does_not_fit_is_left_open():
+    path = HERE / "unseen_systems.csv"
+    pairs = zip(calibration.read_other_runs(path), calibration.read_told_runs(path), strict=True)
+
+    (tight,) = [asked for _, asked in pairs if asked.system.startswith("torchtune (multi")]
+
+    assert tight.setup.micro_batch_size < 4
 
 
 def test_a_run_is_asked_for_with_what_its_publisher_states():
@@ -179,8 +204,9 @@ def test_what_is_known_to_have_been_held_back_is_not_fitted():
 def test_the_spread_is_of_a_size_that_helps():
     spread = load_spread()
 
-    assert 0.05 < spread.system < 0.2
-    assert 1 <= spread.skew <= 3
+    slow, fast = (math.exp(side * spread.system) for side in (-Z90 * spread.skew, Z90))
+    assert 0.6 < slow < 0.8
+    assert 1.08 < fast < 1.3
     assert 0 < spread.measured < spread.system
 
 
