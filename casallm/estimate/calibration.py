@@ -91,16 +91,15 @@ def read_other_runs(path: Path) -> list[Run]:
 def read_told_runs(path: Path) -> list[Run]:
     """The same, laid out as an estimate would that is told all that their publishers state of
     recomputation, micro-batch and sharding, as with `--recompute`, `--micro-batch`, `--sharding`.
-
-    What does not fit so by our count (some keep less than 16 bytes a parameter) is laid out freely.
     """
-    runs = []
-    for row in _read_rows(path):
-        try:
-            runs.append(_other_run(row, _stated(row)))
-        except ConfigError:
-            runs.append(_other_run(row, Wishes()))
-    return runs
+    return [_other_run(row, _stated(row)) for row in _read_rows(path)]
+
+
+def read_answers(path: Path, *, is_told: bool) -> list[Run | None]:
+    """The rows of a file of the same form, by shape or as told; None where the estimator says that
+    a model does not fit: some programs keep less than 16 bytes a parameter.
+    """
+    return [_answer(row, _stated(row) if is_told else Wishes()) for row in _read_rows(path)]
 
 
 def start_constants() -> Constants:
@@ -291,6 +290,13 @@ def _other_run(row: Mapping[str, str], layout: Wishes) -> Run:
     )
     rate = float(row["tokens_per_second_per_gpu"]) * setup.n_gpus
     return Run(row["system"], setup, rate, row["limit"])
+
+
+def _answer(row: Mapping[str, str], layout: Wishes) -> Run | None:
+    try:
+        return _other_run(row, layout)
+    except ConfigError:
+        return None
 
 
 def _one_of(value: str, choices: object) -> str:

@@ -27,9 +27,8 @@ from casallm.estimate.memory import (
 from casallm.estimate.throughput import Setup, step_time
 from casallm.units import format_bytes, format_count
 
-MAX_MICRO_TOKENS = {"small": 65_536, "large": 16_384}
-"""Tokens of one forward pass that programs hardly exceed with models below and above 1B, also where
-the memory would allow it: 84 of 90 published recipes for larger ones state at most 16,384."""
+MAX_MICRO_TOKENS = 65_536
+"""Tokens of one forward pass beyond which nothing is gained."""
 
 MIN_STEP_TOKENS = 16_384
 """Tokens of a GPU in an optimizer step below which people rather enlarge the global batch."""
@@ -244,8 +243,7 @@ def _micro_batch_sizes(setup: Setup, wanted: Wishes) -> Iterator[int]:
             yield wanted.micro_batch_size
         return
     split = setup.sequence_split
-    usual = MAX_MICRO_TOKENS["large" if count_params(setup.config) > 1e9 else "small"]
-    cap = min(largest, max(1, usual * split // setup.context_length))
+    cap = min(largest, max(1, MAX_MICRO_TOKENS * split // setup.context_length))
     cap = min(cap, max(1, setup.global_batch_size * split // setup.n_gpus))
     size = 1
     while size <= cap:
@@ -263,7 +261,8 @@ def _nothing_fits(base: Setup, wanted: Wishes) -> str:
     memory = format_bytes(base.hardware.memory_bytes)
     machine = f"{base.n_gpus} x {base.hardware.name}"
     if wanted.micro_batch_size and wanted.micro_batch_size > 1:
-        largest = max(most_sequences(replace(base, recompute=r, sharding=s)) for r, s in _ALL)
+        asked = [(wanted.recompute or r, wanted.sharding or s) for r, s in _ALL]
+        largest = max(most_sequences(replace(base, recompute=r, sharding=s)) for r, s in asked)
         if largest:
             return (
                 f"{wanted.micro_batch_size} sequences of {base.context_length} tokens of a {size}"

@@ -67,9 +67,8 @@ writes bf16 scores, reads them twice, and turns them into their gradient in plac
 
 PRUDENCE = 0.88
 """Share of the rate of published programs that is promised for casallm's own, which nobody has
-measured yet: what whole runs keep of their own benchmark (nanochat on 8 A100 55.6k of 66.2k
-tokens/s a GPU, 84 %; fms-fsdp on 128 A100 3,500 of 3,760, 93 %), and what the middle one of 36
-programs that were never fitted reached (benchmarks/calibration/predict_unseen.py)."""
+measured yet: what whole runs keep of their own benchmark. nanochat on 8 A100: 55.6k of 66.2k
+tokens/s a GPU (84 %); fms-fsdp on 128 A100: 3,500 of 3,760 (93 %)."""
 
 Z90 = 1.2815515655446004
 """The standard normal's 90th percentile."""
