@@ -14,7 +14,6 @@ from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params
 from casallm.estimate.hardware import Hardware
 from casallm.estimate.memory import (
-    STATE_BYTES_PER_PARAM,
     Memory,
     Precision,
     Recompute,
@@ -41,7 +40,15 @@ TIGHT = 1.15
 the loss in pieces. The tightest sharded layout may be so large where nothing else fits."""
 
 DDP_BONUS = 1.15
-"""DDP is preferred while it is at most this much slower: it is simpler, and casallm's own."""
+"""DDP that need not recompute all is preferred while it is at most this much slower: it is simpler,
+and casallm's own."""
+
+SPLIT_GAIN = 1.25
+"""Compiled programs split a model into products and stages where that is so much faster, as with
+slow links, or where nothing else fits."""
+
+SPLIT_PARAMS = 20e9
+"""Parameters above which they do so wherever it is faster at all."""
 
 RECOMPUTES: Mapping[tuple[Sharding, Stack], tuple[Recompute, ...]] = {
     ("ddp", "eager"): ("none", "selective", "full"),
@@ -53,9 +60,8 @@ RECOMPUTES: Mapping[tuple[Sharding, Stack], tuple[Recompute, ...]] = {
 }
 """What is weighed unless asked for. Programs that shard recompute selectively, as a rule also where
 the memory would allow not to (Korthikanti et al. 2022, arXiv 2205.05198). Where that is not
-enough, eager programs recompute all; compiled ones, which are younger, split the model, as they
-do where its state needs more than a node. ZeRO-1 is laid out only where it is asked for: which
-programs use it cannot be told from model and machine."""
+enough, eager programs recompute all; compiled ones, which are younger, split the model. ZeRO-1 is
+laid out only where it is asked for: which programs use it cannot be told from model and machine."""
 
 MAX_STAGES = 8
 """Stages of a pipeline beyond which products are split further (NVIDIA's published recipes)."""
@@ -120,9 +126,7 @@ def plan_layout(
         precision=wanted.precision,
         node_bandwidth=wanted.node_bandwidth,
     )
-    layouts = list(_layouts(base, wanted))
-    if not layouts or _outgrows_node(base):
-        layouts += _split_layouts(base, wanted, "model")
+    layouts = [*_layouts(base, wanted), *_split_layouts(base, wanted, "model")]
     layouts = layouts or list(_tight_layouts(base, wanted))
     layouts = layouts or list(_split_layouts(base, wanted, "fsdp"))
     layouts = layouts or list(_split_layouts(base, wanted, "zero1"))
@@ -166,13 +170,11 @@ def setup_memory(setup: Setup) -> Memory:
 
 def _preference(setup: Setup) -> float:
     rate = step_time(setup).tokens_per_second
-    return rate * DDP_BONUS if setup.sharding == "ddp" else rate
-
-
-def _outgrows_node(setup: Setup) -> bool:
-    """Whether the state alone needs several nodes: then models are split as well as sharded."""
-    state = sum(STATE_BYTES_PER_PARAM.values()) * count_params(setup.config)
-    return state > setup.gpus_per_node * setup.hardware.memory_bytes
+    if setup.sharding == "ddp" and setup.recompute != "full":
+        return rate * DDP_BONUS
+    if setup.sharding == "model" and count_params(setup.config) <= SPLIT_PARAMS:
+        return rate / SPLIT_GAIN
+    return rate
 
 
 def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:

@@ -13,6 +13,7 @@ from casallm.estimate.layout import (
     plan_layout,
     setup_memory,
 )
+from casallm.estimate.throughput import step_time
 
 
 def plan(name: str, gpu: str, n_gpus: int = 8, context: int = 2048, n_nodes: int = 1, **wishes):
@@ -45,6 +46,46 @@ def test_ddp_is_taken_while_the_model_fits():
     assert plan("1.3b", "A100-80GB").sharding == "ddp"
     assert plan("13b", "A100-80GB").sharding == "fsdp"
     assert not fits_ddp(plan("13b", "A100-80GB"))
+
+
+BETTER = [
+    ("A100", "A100-80GB"),
+    ("A100-80GB-PCIE", "A100-80GB"),
+    ("H100-PCIE", "H100"),
+    ("H100", "H200"),
+]
+
+
+@pytest.mark.parametrize("stack", ["compiled", "eager"])
+@pytest.mark.parametrize(("lesser", "better"), BETTER)
+def test_a_gpu_with_more_memory_or_faster_links_is_not_slower(lesser, better, stack):
+    """But for what it costs to prefer the simpler layout where it has become possible."""
+    wishes = Wishes(stack=stack)
+    for n_params in (124e6, 1.2e9, 3e9, 7e9, 8e9, 13e9, 30e9, 70e9):
+        config = shape_for_params(int(n_params))
+        for context, n_nodes in ((1024, 1), (2048, 4), (4096, 1), (8192, 1), (8192, 32)):
+            rates = []
+            for name in (lesser, better):
+                try:
+                    setup = plan_layout(
+                        config, context, GPUS[name], gpus_per_node=8, n_nodes=n_nodes, wishes=wishes
+                    )
+                except ConfigError:
+                    continue
+                rates.append(step_time(setup).tokens_per_second)
+            if len(rates) == 2:
+                assert rates[1] >= 0.9 * rates[0], f"{n_params:g}, {context}, {n_nodes} nodes"
+
+
+def test_models_are_split_where_links_are_slow_or_they_are_large():
+    assert plan("6.7b", "H100", n_nodes=4).sharding == "fsdp"
+    assert plan("6.7b", "H100-PCIE", n_nodes=4).sharding == "model"
+    assert (
+        plan_layout(
+            shape_for_params(70 * 10**9), 4096, GPUS["H200"], gpus_per_node=8, n_nodes=8
+        ).sharding
+        == "model"
+    )
 
 
 def test_wishes_are_obeyed():
