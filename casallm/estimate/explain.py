@@ -64,12 +64,9 @@ def _machine(setup: Setup) -> list[str]:
         f"Layout    micro-batch {setup.micro_batch_size} x {setup.context_length} tokens, global"
         f" batch {setup.global_batch_size}, recompute {setup.recompute}; {shards}",
     ]
-    if setup.sequence_split * setup.stages > 1:
-        lines.append(
-            f"          {setup.sequence_split} GPUs share a sequence, {setup.stages} stages of a"
-            " pipeline share the blocks"
-        )
-    return lines
+    shared = [f"{setup.sequence_split} GPUs share a sequence"] * (setup.sequence_split > 1)
+    shared += [f"{setup.stages} stages of a pipeline share the blocks"] * (setup.stages > 1)
+    return [*lines, f"          {', '.join(shared)}"] if shared else lines
 
 
 def _memory(setup: Setup) -> list[str]:

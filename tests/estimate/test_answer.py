@@ -146,20 +146,26 @@ def test_the_arithmetic_reads_like_this(answer: Estimate):
     assert format_explain(answer) == EXPLAIN.rstrip("\n")
 
 
-def test_the_arithmetic_says_how_a_model_is_split(few_prices):
-    config = NAMED_SIZES["175b"]
+@pytest.mark.parametrize(
+    ("name", "gpu", "n_nodes", "said"),
+    [
+        ("175b", "H100", 16, "4 GPUs share a sequence, 8 stages of a pipeline share the blocks"),
+        ("6.7b", "H100-PCIE", 4, "2 stages of a pipeline share the blocks"),
+    ],
+)
+def test_the_arithmetic_says_how_a_model_is_split(name, gpu, n_nodes, said):
     request = EstimateRequest(
-        config=config,
+        config=NAMED_SIZES[name],
         tokens=10**9,
-        hardware=GPUS["H100"],
+        hardware=GPUS[gpu],
         n_gpus=8,
-        n_nodes=16,
+        n_nodes=n_nodes,
         usd_per_gpu_hour=2.0,
     )
 
-    text = format_explain(estimate(request))
+    lines = format_explain(estimate(request)).split("\n")
 
-    assert "4 GPUs share a sequence, 8 stages of a pipeline share the blocks" in text
+    assert f"          {said}" in lines
 
 
 @pytest.mark.parametrize("is_spot", [True, False])
