@@ -24,20 +24,34 @@ DRYRUN   ?=
 SET      ?=
 EXTRAS   ?= train,data
 
+KNOWN = PYTHON CLOUD PRESET PARAMS RUN FROM DATA OUT TOKENS RANKS GPU NODES REGION SPOT BUDGET DEADLINE NOTIFY \
+  BUCKET YES DIRTY DRYRUN SET EXTRAS SEED COUNT ONLY
+SAID = $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+ifneq ($(filter-out $(KNOWN),$(SAID)),)
+$(error there is no variable $(filter-out $(KNOWN),$(SAID)): `make` lists them)
+endif
+ifneq ($(filter-out 0 1,$(SPOT)),)
+$(error SPOT is $(SPOT), but must be 1 or 0)
+endif
+
 CASALLM = .venv/bin/python -m casallm
 LAUNCH = .venv/bin/python -m launch
 TESTED = train,data,cloud,dev
 
-SIZE = $(if $(PRESET),--preset $(PRESET)) $(if $(PARAMS),--params $(PARAMS)) \
-  $(if $(DATA),--data $(DATA)) $(if $(TOKENS),--tokens $(TOKENS))
-RUN_OPTION = $(if $(RUN),--run $(RUN))
-RANKS_OPTION = $(if $(RANKS),--ranks $(RANKS))
-LIMITS = $(if $(BUDGET),budget.usd=$(BUDGET)) $(if $(DEADLINE),budget.deadline_hours=$(DEADLINE))
+# `$(call pass,NAME,--option)` hands a value on as it was typed: BUDGET='$$1500' is no variable of make's.
+pass = $(if $(value $(1)),$(2) '$(value $(1))')
+setting = $(if $(value $(1)),'$(2)=$(value $(1))')
+
+SIZE = $(call pass,PRESET,--preset) $(call pass,PARAMS,--params) $(call pass,DATA,--data) \
+  $(call pass,TOKENS,--tokens)
+RUN_OPTION = $(call pass,RUN,--run)
+RANKS_OPTION = $(call pass,RANKS,--ranks)
+LIMITS = $(call setting,BUDGET,budget.usd) $(call setting,DEADLINE,budget.deadline_hours)
 DRY = $(if $(DRYRUN),--dry-run)
-RENT = --cloud $(CLOUD) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) \
-  $(if $(REGION),--region $(REGION)) $(if $(filter 0,$(SPOT)),--on-demand) \
-  $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEADLINE),--deadline $(DEADLINE)) \
-  $(if $(BUCKET),--bucket $(BUCKET)) $(if $(DIRTY),--allow-dirty) $(if $(YES),--yes) $(DRY)
+MACHINE = $(call pass,GPU,--gpu) $(call pass,NODES,--nodes) $(call pass,REGION,--region) \
+  $(if $(filter 0,$(SPOT)),--on-demand) $(call pass,BUDGET,--budget) $(call pass,DEADLINE,--deadline)
+RENT = $(call pass,CLOUD,--cloud) $(MACHINE) $(call pass,BUCKET,--bucket) \
+  $(if $(DIRTY),--allow-dirty) $(if $(YES),--yes) $(DRY)
 INSTALL = .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
@@ -54,43 +68,41 @@ setup: .venv/.installed-$(EXTRAS) ## install into .venv what training needs (EXT
 
 ifeq ($(CLOUD),local)
 pretrain: .venv/.installed-train,data ## train a model: on this machine, or on CLOUD=aws
-	$(CASALLM) pretrain $(SIZE) $(RUN_OPTION) $(RANKS_OPTION) $(LIMITS) $(DRY) $(SET)
+	$(strip $(CASALLM) pretrain $(SIZE) $(RUN_OPTION) $(RANKS_OPTION) $(LIMITS) $(DRY) $(SET))
 else
 pretrain: .venv/.installed-cloud
-	$(LAUNCH) up pretrain $(SIZE) $(RUN_OPTION) $(RANKS_OPTION) $(RENT) $(SET)
+	$(strip $(LAUNCH) up pretrain $(SIZE) $(RUN_OPTION) $(RANKS_OPTION) $(RENT) $(SET))
 endif
 
 ifeq ($(CLOUD),local)
 sft: .venv/.installed-train,data ## make an assistant of a pretrained run (FROM=, DATA=RECIPE)
-	$(CASALLM) sft $(if $(FROM),--from $(FROM)) $(if $(DATA),--data $(DATA)) $(RUN_OPTION) \
-	  $(RANKS_OPTION) $(LIMITS) $(DRY) $(SET)
+	$(strip $(CASALLM) sft $(call pass,FROM,--from) $(call pass,DATA,--data) $(RUN_OPTION) $(RANKS_OPTION) \
+	  $(LIMITS) $(DRY) $(SET))
 else
 sft: .venv/.installed-cloud
-	$(LAUNCH) up sft $(if $(FROM),--from $(FROM)) $(RUN_OPTION) $(RANKS_OPTION) $(RENT) $(SET)
+	$(strip $(LAUNCH) up sft $(call pass,FROM,--from) $(RUN_OPTION) $(RANKS_OPTION) $(RENT) $(SET))
 endif
 
 prepare: .venv/.installed-train,data ## turn documents (DATA=) into shards (OUT=)
-	$(CASALLM) prepare $(if $(DATA),--data $(DATA)) $(if $(OUT),--out $(OUT)) $(SET)
+	$(strip $(CASALLM) prepare $(call pass,DATA,--data) $(call pass,OUT,--out) $(SET))
 
 estimate-cost: .venv/.installed-core ## hours and dollars, with a range, by offer (PARAMS=1.2B or BUDGET=100)
-	$(CASALLM) estimate $(if $(PARAMS),--params $(PARAMS)) $(if $(PRESET),--preset $(PRESET)) \
-	  $(if $(TOKENS),--tokens $(TOKENS)) $(if $(GPU),--gpu $(GPU)) $(if $(NODES),--nodes $(NODES)) \
-	  $(if $(filter-out local,$(CLOUD)),--cloud $(CLOUD)) $(if $(REGION),--region $(REGION)) \
-	  $(if $(filter 0,$(SPOT)),--on-demand) $(if $(filter 1,$(SPOT)),--spot) \
-	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(DEADLINE),--deadline $(DEADLINE))
+	$(strip $(CASALLM) estimate $(call pass,PARAMS,--params) $(call pass,PRESET,--preset) \
+	  $(call pass,TOKENS,--tokens) $(if $(filter-out local,$(CLOUD)),$(call pass,CLOUD,--cloud)) \
+	  $(MACHINE) $(if $(filter 1,$(SPOT)),--spot))
 
 report: .venv/.installed-train,data ## write the report of a run again
-	$(CASALLM) report $(RUN)
+	$(CASALLM) report $(call pass,RUN,)
 
 verify: .venv/.installed-train,data ## check every checkpoint of a run
-	$(CASALLM) verify $(RUN)
+	$(CASALLM) verify $(call pass,RUN,)
 
 runs: .venv/.installed-train,data ## list the runs
 	$(CASALLM) runs
 
 status logs down: .venv/.installed-cloud ## what runs in the cloud, what it says, and its end (RUN=)
-	$(LAUNCH) $@ $(RUN_OPTION) $(if $(BUCKET),--bucket $(BUCKET)) \
-	  $(if $(filter down,$@),$(if $(filter-out local,$(CLOUD)),--cloud $(CLOUD)) $(if $(YES),--yes))
+	$(strip $(LAUNCH) $@ $(RUN_OPTION) $(call pass,BUCKET,--bucket) $(if $(filter down,$@), \
+	  $(if $(filter-out local,$(CLOUD)),$(call pass,CLOUD,--cloud)) $(if $(YES),--yes)))
 
 test: .venv/.installed-$(TESTED) ## the test suite, a few minutes on two cores
 	.venv/bin/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder \
