@@ -14,6 +14,9 @@ _COUNT = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9, "T": 10**12}
 _BYTES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 _SECONDS = {"S": 1.0, "M": 60.0, "MIN": 60.0, "H": 3600.0, "D": 86400.0}
+MOST_USD, MOST_HOURS = 1e12, 876_600.0
+"""Beyond which an amount or a duration is a slip of the keyboard."""
+
 _NUMBER = re.compile(r"\s*([-+]?[\d_,]*\.?\d+(?:[eE][-+]?\d+)?)\s*([A-Za-z]*)\s*$")
 _DECIMAL_COMMA = re.compile(r",(?!\d{3}(?!\d))")
 
@@ -50,7 +53,10 @@ def parse_hours(text: str | int | float, *, what: str = "duration") -> float:
     unit = suffix.upper() or "H"
     if unit not in _SECONDS or number <= 0:
         raise ConfigError(f"{what} {text!r} is not a duration: write it as 24h, 90min or 2d")
-    return number * _SECONDS[unit] / 3600.0
+    hours = number * _SECONDS[unit] / 3600.0
+    if hours > MOST_HOURS:
+        raise ConfigError(f"{what} {text!r} is more than a century: write it as 24h, 90min or 2d")
+    return hours
 
 
 def parse_usd(text: str | int | float, *, what: str = "budget") -> float:
@@ -58,7 +64,10 @@ def parse_usd(text: str | int | float, *, what: str = "budget") -> float:
     number, suffix = _split(str(text).replace("$", ""), what, example="100 or $1,500")
     if suffix.upper() not in _COUNT or number <= 0:
         raise ConfigError(f"{what} {text!r} is not an amount of money: write it as 100 or $1,500")
-    return number * _COUNT[suffix.upper()]
+    usd = number * _COUNT[suffix.upper()]
+    if usd > MOST_USD:
+        raise ConfigError(f"{what} {text!r} is more money than there is: write it as 100 or $1,500")
+    return usd
 
 
 def format_count(value: float) -> str:

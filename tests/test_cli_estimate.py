@@ -1,5 +1,6 @@
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_make_passes_every_variable_on(variables: str, options: str):
         check=True,
     ).stdout.replace("\\\n", " ")
 
-    assert shown.split(" estimate ")[-1].split() == options.split()
+    assert shlex.split(shown.split(" estimate ")[-1]) == options.split()
 
 
 @pytest.mark.parametrize("model", [("--params", "1.2B"), ("--shape", SHAPE, "--tokens", "26B")])

@@ -70,8 +70,9 @@ def heading(estimate: Estimate, *, width: int = 100) -> str:
 def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str]:
     """What a reader must know to believe the table, a sentence or two each."""
     found = ["Ranges hold eight of ten runs; hours count from the first boot to the end."]
-    if estimate.tokens >= estimate.n_params:
-        low, middle, high = loss_range(estimate.n_params, estimate.tokens)
+    loss = expected_loss(estimate)
+    if loss is not None:
+        low, middle, high = loss
         found.append(
             f"Expected loss {middle:.2f} ({low:.2f} to {high:.2f}) nats a token by Chinchilla's law"
             " as refitted by Besiroglu et al. 2024, on Chinchilla's text."
@@ -85,8 +86,9 @@ def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str
             f"{format_count(estimate.tokens)} tokens are more than FineWeb-Edu's"
             f" {format_count(FINEWEB_EDU_TOKENS)}: other text or several epochs are needed."
         )
-    offer = estimate.offers[0].job.offer
-    if estimate.request.is_own and offer.cloud == "aws" and not offer.region.startswith("us-"):
+    job = estimate.offers[0].job
+    offer, is_ours = job.offer, estimate.request.is_own and not _what_casallm_lacks(job.setup)
+    if is_ours and offer.cloud == "aws" and not offer.region.startswith("us-"):
         found.append(
             f"make pretrain CLOUD=aws looks in US regions: add REGION={offer.region} for this one."
         )
@@ -140,9 +142,16 @@ def _what_casallm_lacks(setup: Setup) -> str:
     return " and no ".join(name for name, is_needed in lacking.items() if is_needed)
 
 
+def expected_loss(estimate: Estimate) -> tuple[float, float, float] | None:
+    """By the scaling law, which knows nothing of runs with less than a token a parameter."""
+    if estimate.tokens < estimate.n_params:
+        return None
+    return loss_range(estimate.n_params, estimate.tokens)
+
+
 def to_json(estimate: Estimate) -> dict[str, Any]:
     """The answer as plain values; keys as documented in docs/guides/estimate.md."""
-    low, middle, high = loss_range(estimate.n_params, estimate.tokens)
+    loss = expected_loss(estimate)
     return {
         "params": estimate.n_params,
         "tokens": estimate.tokens,
@@ -150,7 +159,7 @@ def to_json(estimate: Estimate) -> dict[str, Any]:
         "total_flops": estimate.total_flops,
         "context_length": estimate.request.context_length,
         "shape": estimate.config.model_dump(mode="json"),
-        "expected_loss": {"p10": low, "p50": middle, "p90": high},
+        "expected_loss": dict(zip(("p10", "p50", "p90"), loss, strict=True)) if loss else None,
         "offers": [_offer_json(each) for each in estimate.offers],
         "recommended": 0,
         "reason": estimate.reason,

@@ -38,6 +38,8 @@ PRICE_GIVEN = "price given"
 PATIENCE_HOURS = 7 * 24.0
 """Without a deadline, offers that take longer than a week are not recommended."""
 
+MOST_NODES = 10_000
+
 _ASKED_FOR = "it is the machine that was asked for"
 
 _TOLERANCE = 4.0
@@ -161,6 +163,12 @@ def _check(request: EstimateRequest) -> None:
         raise ConfigError(
             "a measured rate belongs to one machine: add --gpu with its count, as in --gpu A100:8"
         )
+    if request.measured_tokens_per_second is not None and request.config is None:
+        raise ConfigError("a measured rate belongs to one model: add --params, --preset or --shape")
+    if request.usd_per_gpu_hour is not None and (request.cloud or request.region):
+        raise ConfigError(
+            "--price-per-gpu-hour is of a machine wherever it is: leave out --cloud and --region"
+        )
     if request.context_length < 1:
         raise ConfigError(
             f"the context is {request.context_length} tokens, but must be positive: try"
@@ -168,6 +176,10 @@ def _check(request: EstimateRequest) -> None:
         )
     if request.n_nodes < 1:
         raise ConfigError(f"{request.n_nodes} nodes train nothing: try --nodes 1")
+    if request.n_nodes > MOST_NODES:
+        raise ConfigError(
+            f"{request.n_nodes:,} nodes are more than anybody has had: {MOST_NODES:,} at most"
+        )
 
 
 def _prices(request: EstimateRequest) -> Prices:

@@ -80,6 +80,9 @@ _GPUS = (
 )
 GPUS: dict[str, Hardware] = {gpu.name: gpu for gpu in _GPUS}
 
+MOST_GPUS = 72
+"""In one machine whose links are the fast ones: an NVL72 rack."""
+
 _ALIASES = {"a100-40gb": "A100", "h100-80gb": "H100", "h100-sxm": "H100", "h200-sxm": "H200"}
 
 CPU_CORE = Hardware("CPU", 80e9, None, 0, 10e9, 5e9, True)
@@ -99,10 +102,15 @@ def gpu_named(name: str) -> Hardware:
 
 
 def parse_gpu(text: str) -> tuple[Hardware, int]:
-    """`A100:8` as the GPU and how many of it; a bare name is one."""
+    """`A100:8` as the GPU and how many of it in a machine; a bare name is one."""
     name, colon, count = text.partition(":")
-    if colon and not (count.isdigit() and int(count) > 0):
+    if colon and not (count.isdecimal() and int(count) > 0):
         raise ConfigError(f"GPU {text!r} is not NAME:COUNT: write it as A100:8 or H100:1")
+    if colon and int(count) > MOST_GPUS:
+        raise ConfigError(
+            f"GPU {text!r}: no machine has more than {MOST_GPUS} GPUs: say how many machines with"
+            f" --nodes, as in --gpu {name}:8 --nodes 4"
+        )
     return gpu_named(name), int(count) if colon else 1
 
 

@@ -43,10 +43,11 @@ UPLOAD_BANDWIDTH = 400e6
 """Bytes a second to object storage, behind the training."""
 
 ON_DEMAND_INTERVAL = 1800.0
-"""Seconds between checkpoints where nothing takes the machine away."""
+"""Seconds between checkpoints where nothing takes the machine away, or what an upload takes."""
 
-EVAL_EVERY_STEPS, EVAL_SEQUENCES = 500, 1024
-"""As in the presets; a forward pass costs a third of a training step's time."""
+EVAL_EVERY_STEPS, EVAL_SEQUENCES, EVAL_CONTEXT = 500, 1024, 2048
+"""As in the presets, in fewer sequences where they are longer; a forward pass costs a third of a
+training step's time."""
 
 SFT_TOKENS = 60_000_000
 """Conversations of the default recipe, seen once, padding included."""
@@ -84,7 +85,7 @@ class Job:
         """Tokens of all evaluations together."""
         tokens_per_step = self.setup.global_batch_size * self.setup.context_length
         evaluations = 1 + self.tokens / tokens_per_step / EVAL_EVERY_STEPS
-        return evaluations * EVAL_SEQUENCES * self.setup.context_length
+        return evaluations * EVAL_SEQUENCES * min(self.setup.context_length, EVAL_CONTEXT)
 
     @property
     def sft_tokens(self) -> int:
@@ -93,9 +94,14 @@ class Job:
 
     @property
     def recovery(self) -> spot.Recovery:
-        """What saving and coming back cost, in seconds."""
-        stall = 0.5 + self.checkpoint_bytes / STAGING_BANDWIDTH
-        return spot.Recovery(stall, self.checkpoint_bytes / UPLOAD_BANDWIDTH, RESTART_SECONDS)
+        """What saving and coming back cost, in seconds: one GPU saves what all hold alike, each its
+        part of what is sharded.
+        """
+        is_whole = self.setup.sharding == "ddp"
+        n_gpus, n_nodes = (1, 1) if is_whole else (self.setup.n_gpus, self.setup.n_nodes)
+        stall = 0.5 + self.checkpoint_bytes / STAGING_BANDWIDTH / n_gpus
+        upload = self.checkpoint_bytes / UPLOAD_BANDWIDTH / n_nodes
+        return spot.Recovery(stall, upload, RESTART_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -150,7 +156,8 @@ def count_hours(job: Job, draws: Draws) -> Hours:
     scale = np.exp(SETUP_SPREAD * draws.setup)
     busy = train + evaluate + sft
     nothing = np.zeros_like(busy)
-    recovery, interval = job.recovery, np.full_like(busy, ON_DEMAND_INTERVAL)
+    recovery = job.recovery
+    interval = np.full_like(busy, max(ON_DEMAND_INTERVAL, recovery.upload))
     lost, wait, preemptions, price = nothing, nothing, nothing, job.usd_per_hour + nothing
     if job.is_spot:
         mtbf = 3600 * job.mtbf_hours * np.exp(spot.MTBF_SPREAD * draws.mtbf)

@@ -12,7 +12,7 @@ from functools import lru_cache
 
 from casallm.errors import ConfigError
 from casallm.estimate.architecture import ModelConfig, count_params
-from casallm.estimate.hardware import Hardware
+from casallm.estimate.hardware import GPUS, Hardware
 from casallm.estimate.memory import (
     Memory,
     Precision,
@@ -255,7 +255,8 @@ def _micro_batch_sizes(setup: Setup, wanted: Wishes) -> Iterator[int]:
 
 def _check_precision(hardware: Hardware, precision: Precision) -> None:
     if precision == "fp8" and hardware.peak_fp8_flops is None:
-        raise ConfigError(f"{hardware.name} has no fp8: take precision bf16, or an H100 or H200")
+        able = ", ".join(name for name, gpu in GPUS.items() if gpu.peak_fp8_flops)
+        raise ConfigError(f"{hardware.name} has no fp8: take precision bf16, or one of {able}")
 
 
 def _nothing_fits(base: Setup, wanted: Wishes) -> str:

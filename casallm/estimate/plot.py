@@ -28,6 +28,8 @@ def plot(answer: Estimate, path: Path) -> None:
     """Write a PNG, SVG or PDF of the offers' dollars over model sizes, 20 tokens a parameter."""
     if path.suffix not in _FORMATS:
         raise ConfigError(f"--plot {path} ends in none of {', '.join(_FORMATS)}: try cost.png")
+    if answer.request.measured_tokens_per_second is not None:
+        raise ConfigError("a measured rate is of one model: leave it out to draw other sizes")
     try:
         import matplotlib
 
