@@ -1,8 +1,8 @@
 """How a model is laid out on a machine: micro-batch, recomputation, sharding, global batch.
 
 What is not said is chosen as a good engineer would: the fastest way that fits the memory, by the
-throughput model itself. DDP, where every GPU holds the whole model, is what casallm trains with;
-sharded layouts are predicted as well, for the runs of other programs.
+throughput model itself, but a simpler one while it is not much slower. DDP, where every GPU holds
+the whole model, is what casallm trains with; others are predicted for the runs of other programs.
 """
 
 import math
@@ -101,7 +101,7 @@ def plan_layout(
     n_nodes: int = 1,
     wishes: Wishes | None = None,
 ) -> Setup:
-    """The fastest layout that fits and is as wished; ConfigError where none fits.
+    """The best layout that fits and is as wished; ConfigError where none fits.
 
     A single GPU shards nothing, whatever is wished.
     """
@@ -127,8 +127,7 @@ def plan_layout(
         node_bandwidth=wanted.node_bandwidth,
     )
     layouts = [*_layouts(base, wanted), *_split_layouts(base, wanted, "model")]
-    layouts = layouts or list(_tight_layouts(base, wanted))
-    layouts = layouts or list(_split_layouts(base, wanted, "fsdp"))
+    layouts = layouts or [*_tight_layouts(base, wanted), *_split_layouts(base, wanted, "fsdp")]
     layouts = layouts or list(_split_layouts(base, wanted, "zero1"))
     if not layouts:
         raise ConfigError(_nothing_fits(base, wanted))
@@ -149,7 +148,7 @@ def most_sequences(setup: Setup) -> int:
         precision=setup.precision,
         recompute=setup.recompute,
         stack=setup.stack,
-        shards=Shards(setup.sharding, setup.n_gpus),
+        shards=Shards(setup.sharding, setup.n_gpus, setup.parts),
         split=setup.sequence_split,
     )
 
@@ -163,7 +162,7 @@ def setup_memory(setup: Setup) -> Memory:
         precision=setup.precision,
         recompute=setup.recompute,
         stack=setup.stack,
-        shards=Shards(setup.sharding, setup.n_gpus),
+        shards=Shards(setup.sharding, setup.n_gpus, setup.parts),
         split=setup.sequence_split,
     )
 
@@ -172,9 +171,10 @@ def _preference(setup: Setup) -> float:
     rate = step_time(setup).tokens_per_second
     if setup.sharding == "ddp" and setup.recompute != "full":
         return rate * DDP_BONUS
-    if setup.sharding == "model" and count_params(setup.config) <= SPLIT_PARAMS:
-        return rate / SPLIT_GAIN
-    return rate
+    is_simple = setup.sharding in ("fsdp", "zero1")
+    if is_simple or count_params(setup.config) > SPLIT_PARAMS:
+        return rate
+    return rate / SPLIT_GAIN
 
 
 def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
@@ -190,32 +190,37 @@ def _layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:
 
 
 def _split_layouts(base: Setup, wanted: Wishes, sharding: Sharding) -> Iterator[Setup]:
-    """Layouts in which as few GPUs as possible share a sequence."""
-    usual: Recompute = "full" if sharding == "fsdp" else "none"
+    """Layouts in which as few GPUs as possible share a sequence, and a split model's blocks; those
+    that recompute least. GPUs that are too few for another copy stay idle.
+    """
+    usual: tuple[Recompute, ...] = ("full",)
+    if sharding == "model":
+        usual = ("none", "selective", "full")
     is_known = sharding != "model" or base.stack == "compiled"
     is_wanted = wanted.sharding == sharding or (wanted.sharding is None and sharding != "zero1")
     if base.n_gpus == 1 or not is_known or not is_wanted:
         return
-    setup = replace(base, sharding=sharding, recompute=wanted.recompute or usual)
-    splits = (2**k for k in range(base.n_gpus.bit_length()) if base.n_gpus % 2**k == 0)
-    for split in splits:
-        stages = _stages(setup, split) if sharding == "model" else 1
-        setup = replace(setup, sequence_split=split, stages=stages)
-        sizes = list(_micro_batch_sizes(setup, wanted)) if stages <= MAX_STAGES else []
-        yield from (replace(setup, micro_batch_size=size) for size in sizes)
-        if sizes:
-            return
+    for recompute in (wanted.recompute,) if wanted.recompute else usual:
+        setup = replace(base, sharding=sharding, recompute=recompute)
+        for split in (2**k for k in range(base.n_gpus.bit_length())):
+            stages = _stages(setup, split) if sharding == "model" else 1
+            if stages is None:
+                continue
+            shared = replace(setup, sequence_split=split, stages=stages)
+            sizes = list(_micro_batch_sizes(shared, wanted))
+            yield from (replace(shared, micro_batch_size=size) for size in sizes)
+            if sizes:
+                return
 
 
-def _stages(setup: Setup, split: int) -> int:
-    """Stages of a pipeline over which bf16 weights and fp32 gradients are spread enough."""
+def _stages(setup: Setup, split: int) -> int | None:
+    """Stages of a pipeline over which bf16 weights and fp32 gradients are spread enough, if so
+    many can be had."""
     held = 6 * count_params(setup.config) / split
     stages = 1
     while held / stages > HELD_FRACTION * setup.hardware.memory_bytes:
         stages *= 2
-        if setup.n_gpus % (split * stages):
-            return MAX_STAGES + 1
-    return stages
+    return stages if stages <= min(MAX_STAGES, setup.n_gpus // split) else None
 
 
 def _tight_layouts(base: Setup, wanted: Wishes) -> Iterator[Setup]:

@@ -37,6 +37,8 @@ class Shards:
 
     sharding: Sharding = "ddp"
     n_gpus: int = 1
+    parts: int = 1
+    """Of a model that is split, over which its weights and gradients are spread."""
 
 
 WHOLE = Shards()
@@ -128,7 +130,7 @@ def training_memory(
     )
     if shards.sharding != "ddp":
         activations -= _weight_copies(config, precision)
-    if shards.sharding in ("fsdp", "model"):
+    if shards.sharding == "fsdp":
         activations += _weight_copies(config, precision) // min(shards.n_gpus, config.n_layers)
     activations //= split
     wide = 4 if stack == "compiled" else 10
@@ -171,14 +173,15 @@ def _state_bytes(n_params: int, precision: Precision, shards: Shards) -> dict[st
     """What a GPU holds of weights, gradients and optimizer.
 
     ZeRO-1 keeps the weights of the passes and fp32 gradients: 6 + 12/n bytes a parameter, in fp32
-    8 + 8/n, as Megatron's guide to its distributed optimizer counts them.
+    8 + 8/n, as Megatron's guide to its distributed optimizer counts them. A model that is split
+    does so as well, with its part of the weights and gradients.
     """
-    parts = 1 if shards.sharding == "ddp" else shards.n_gpus
-    state = {name: size * n_params // parts for name, size in STATE_BYTES_PER_PARAM.items()}
-    if shards.sharding == "zero1":
+    sharers = 1 if shards.sharding == "ddp" else shards.n_gpus
+    state = {name: size * n_params // sharers for name, size in STATE_BYTES_PER_PARAM.items()}
+    if shards.sharding in ("zero1", "model"):
         masters = 0 if precision == "fp32" else state["weights"]
-        state["weights"] = _compute_bytes(precision) * n_params + masters
-        state["gradients"] = STATE_BYTES_PER_PARAM["gradients"] * n_params
+        state["weights"] = _compute_bytes(precision) * n_params // shards.parts + masters
+        state["gradients"] = STATE_BYTES_PER_PARAM["gradients"] * n_params // shards.parts
     return state
 
 

@@ -103,9 +103,19 @@ class Setup:
         return self.gpus_per_node * self.n_nodes
 
     @property
+    def parts(self) -> int:
+        """GPUs that share one copy of the model's work."""
+        return self.sequence_split * self.stages
+
+    @property
+    def n_working(self) -> int:
+        """GPUs less those that are too few for another copy of a split model."""
+        return self.n_gpus // self.parts * self.parts
+
+    @property
     def micro_steps(self) -> float:
         """Forward and backward passes of one GPU through the model in an optimizer step."""
-        at_once = self.micro_batch_size * self.n_gpus / self.sequence_split
+        at_once = self.micro_batch_size * self.n_working / self.sequence_split
         return max(1.0, self.global_batch_size / at_once)
 
     @property
@@ -270,7 +280,7 @@ def step_time(setup: Setup, constants: Constants | None = None) -> StepTime:
         tail=micro * (tail + idle),
         communication=_communication_seconds(setup, known) + lost * busy,
         optimizer=optimizer,
-        tokens=tokens * setup.n_gpus,
+        tokens=tokens * setup.n_working,
     )
 
 
@@ -370,9 +380,8 @@ def _communication_seconds(setup: Setup, known: Constants) -> float:
     elif setup.sharding == "zero1":
         volume = REDUCED_BYTES[setup.precision]
     elif setup.sharding == "model":
-        parts = setup.sequence_split * setup.stages
-        copies = n_gpus // parts
-        volume *= min(1.0, setup.gpus_per_node / parts)
+        copies = n_gpus // setup.parts
+        volume *= min(1.0, setup.gpus_per_node / setup.parts)
     moved = volume * n_params * (copies - 1) / copies
     hops = 3 * setup.config.n_layers * math.log2(setup.n_nodes)
     waiting = times * known.hop_seconds * hops

@@ -131,13 +131,13 @@ def test_what_is_told_of_the_layout_brings_the_far_ones_nearer(shared_data: Path
     assert bf16.median <= 0.07
     assert bf16.p90 <= 0.18
     assert fp8.median <= 0.085
-    assert fp8.p90 <= 0.21
+    assert fp8.p90 <= 0.22
     assert free(asked, score).median <= 0.07
     assert free(asked, score).p90 <= 0.18 < free(runs, shape).p90
     assert coverage(score, asked) >= 0.8
 
 
-@pytest.mark.parametrize(("is_told", "refused"), [(False, 14), (True, 25)])
+@pytest.mark.parametrize(("is_told", "refused"), [(False, 14), (True, 22)])
 def test_the_interval_holds_publishers_that_were_never_fitted(is_told: bool, refused: int):
     """Collected by readers who knew neither model nor predictions; the bar is not reached here."""
     answers = calibration.read_answers(HERE / "unseen_systems.csv", is_told=is_told)
@@ -148,8 +148,8 @@ def test_the_interval_holds_publishers_that_were_never_fitted(is_told: bool, ref
     assert len(answers) == 208
     assert len(answers) - len(runs) == refused
     assert coverage(score, runs) >= 0.8
-    assert free(runs, score).median <= 0.135
-    assert free(runs, score).p90 <= 0.63
+    assert free(runs, score).median <= 0.14
+    assert free(runs, score).p90 <= 0.61
 
 
 def test_no_run_that_is_fitted_is_among_those_that_never_were():

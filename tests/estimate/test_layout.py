@@ -1,7 +1,12 @@
 import pytest
 
 from casallm.errors import ConfigError
-from casallm.estimate.architecture import NAMED_SIZES, ModelConfig, shape_for_params
+from casallm.estimate.architecture import (
+    NAMED_SIZES,
+    ModelConfig,
+    count_params,
+    shape_for_params,
+)
 from casallm.estimate.hardware import GPUS
 from casallm.estimate.layout import (
     MAX_BATCH_TOKENS,
@@ -75,6 +80,44 @@ def test_a_gpu_with_more_memory_or_faster_links_is_not_slower(lesser, better, st
                 rates.append(step_time(setup).tokens_per_second)
             if len(rates) == 2:
                 assert rates[1] >= 0.9 * rates[0], f"{n_params:g}, {context}, {n_nodes} nodes"
+
+
+@pytest.mark.parametrize(("name", "gpu"), [("13b", "H100"), ("175b", "H200"), ("70b", "A100-80GB")])
+def test_one_more_machine_does_not_slow_a_job(name: str, gpu: str):
+    """GPUs that are too few for another copy of a split model stay idle."""
+    config = shape_for_params(70 * 10**9) if name == "70b" else NAMED_SIZES[name]
+    before = 0.0
+    for n_nodes in range(1, 20):
+        try:
+            setup = plan_layout(config, 2048, GPUS[gpu], gpus_per_node=8, n_nodes=n_nodes)
+        except ConfigError:
+            assert not before
+            continue
+        rate = step_time(setup).tokens_per_second
+        assert rate >= 0.95 * before, f"{n_nodes} nodes"
+        before = rate
+
+
+def test_a_split_model_keeps_its_part_of_weights_and_gradients_on_each_gpu():
+    config = shape_for_params(70 * 10**9)
+    setup = plan_layout(config, 2048, GPUS["H100"], gpus_per_node=8, n_nodes=16)
+    n_params, memory = count_params(config), setup_memory(setup)
+
+    assert setup.sharding == "model"
+    assert memory.weights == 2 * n_params // setup.parts + 4 * n_params // setup.n_gpus
+    assert memory.gradients == 4 * n_params // setup.parts
+    assert memory.total <= GPUS["H100"].memory_bytes
+
+
+def test_nothing_is_packed_too_tightly_where_a_split_is_faster():
+    """It was laid out in more memory than there is, at half this rate."""
+    config = shape_for_params(70 * 10**9)
+    wishes = Wishes(stack="eager")
+
+    setup = plan_layout(config, 512, GPUS["H100"], gpus_per_node=8, n_nodes=2, wishes=wishes)
+
+    assert setup.sequence_split > 1
+    assert setup_memory(setup).total <= GPUS["H100"].memory_bytes
 
 
 def test_models_are_split_where_links_are_slow_or_they_are_large():
