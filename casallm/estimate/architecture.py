@@ -53,10 +53,15 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
+        if self.d_model % 2:
+            raise ValueError(
+                f"model.d_model {self.d_model} is odd, but the halves of each head rotate in pairs:"
+                f" take {self.d_model + 1}"
+            )
         if self.d_model % self.n_heads:
             raise ValueError(
                 f"model.d_model {self.d_model} is not a multiple of model.n_heads {self.n_heads}:"
-                f" {_nearest_divisor(self.d_model, self.n_heads)} would divide it"
+                f" {_nearest_divisor(self.d_model // 2, self.n_heads)} would divide it"
             )
         if self.d_head % 2:
             raise ValueError(f"heads are {self.d_head} wide, but RoPE needs an even width")

@@ -1,6 +1,7 @@
 """The arithmetic of the recommended offer, line by line, so that it can be done again by hand.
 
-Every line shows enough digits for that: the factors printed multiply to the figure printed.
+Every line shows enough digits for that: the factors printed multiply to the figure printed, to one
+part in ten thousand.
 """
 
 import math

@@ -274,7 +274,7 @@ def _nothing_fits(base: Setup, wanted: Wishes) -> str:
         if largest:
             return (
                 f"{wanted.micro_batch_size} sequences of {base.context_length} tokens of a {size}"
-                f" model do not fit {machine}: the most that fit a GPU are {largest}"
+                f" model do not fit {machine}: the most that fit a GPU by itself are {largest}"
             )
     less = "take GPUs with more memory, a smaller model, or a shorter context"
     what = f"a {size} model with context {base.context_length} does not fit"

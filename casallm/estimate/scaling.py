@@ -84,7 +84,8 @@ def check_tokens(tokens: int) -> None:
         raise ConfigError(
             f"{format_count(tokens)} tokens are more than there are: FineWeb holds"
             f" {format_count(FINEWEB_TOKENS)}, FineWeb-Edu {format_count(FINEWEB_EDU_TOKENS)};"
-            f" ask for {format_count(FINEWEB_TOKENS)} at most"
+            f" ask for {format_count(FINEWEB_TOKENS)} at most (--tokens, of which there are 20 a"
+            " parameter unless said)"
         )
 
 

@@ -243,7 +243,9 @@ def test_a_model_too_large_for_ddp_says_what_ddp_keeps():
 
 
 def test_a_micro_batch_that_does_not_fit_gets_the_largest_that_does():
-    with pytest.raises(ConfigError, match=r"4096 sequences .* the most that fit a GPU are \d+"):
+    with pytest.raises(
+        ConfigError, match=r"4096 sequences .* the most that fit a GPU by itself are \d+"
+    ):
         plan("350m", "A100", micro_batch_size=4096)
 
 
