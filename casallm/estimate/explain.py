@@ -57,6 +57,7 @@ def _machine(setup: Setup) -> list[str]:
     shards = {
         "ddp": "every GPU holds the whole model",
         "zero1": "every GPU holds the model, the optimizer's state is sharded",
+        "model": "the model is split, the optimizer's state is sharded",
     }.get(setup.sharding, "the state is sharded")
     lines = [
         f"Machine   {setup.n_gpus} x {setup.hardware.name},"
