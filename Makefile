@@ -38,9 +38,10 @@ CASALLM = .venv/bin/python -m casallm
 LAUNCH = .venv/bin/python -m launch
 TESTED = train,data,cloud,dev
 
-# `$(call pass,NAME,--option)` hands a value on as it was typed: BUDGET='$$1500' is no variable of make's.
-pass = $(if $(value $(1)),$(2) '$(value $(1))')
-setting = $(if $(value $(1)),'$(2)=$(value $(1))')
+# `$(call pass,NAME,--option)` hands a value on as it was typed: BUDGET='$1500' is no variable of make's.
+typed = $(subst ','\'',$(value $(1)))
+pass = $(if $(value $(1)),$(2) '$(typed)')
+setting = $(if $(value $(1)),'$(2)=$(typed)')
 
 SIZE = $(call pass,PRESET,--preset) $(call pass,PARAMS,--params) $(call pass,DATA,--data) \
   $(call pass,TOKENS,--tokens)

@@ -21,7 +21,7 @@ import numpy as np
 
 from casallm.estimate import calibration
 from casallm.estimate.calibration import Run, Score
-from casallm.estimate.throughput import Z90, Constants, Throughput, predict
+from casallm.estimate.throughput import Z90, Constants
 
 HERE = Path(__file__).parent
 ASSUMED_SPREAD = {"layout": 0.07, "chip": 0.2, "doubling": 0.02, "measured": 0.02}
@@ -43,7 +43,7 @@ def main() -> None:
     foundry = calibration.read_foundry_runs(arguments.runs)
     sizes = calibration.read_other_runs(HERE / "other_sizes.csv")
     others = calibration.read_other_runs(HERE / "other_systems.csv")
-    told = calibration.read_told_runs(HERE / "other_systems.csv")
+    told = calibration.read_other_runs(HERE / "other_systems.csv", is_told=True)
 
     constants = calibration.fit([*foundry, *others])
     print("constants:", json.dumps(_rounded(asdict(constants)), indent=2))
@@ -119,15 +119,10 @@ def _spread(left_out: Score, as_told: Score, runs: list[Run]) -> dict[str, float
     return {"system": round(system, 3), "skew": round(slower / faster, 2), **ASSUMED_SPREAD}
 
 
-def _is_inside(run: Run, error: float) -> bool:
-    """Whether the package's interval, laid around the held-out prediction, holds the run."""
-    own = predict(run.setup)
-    around = Throughput(run.tokens_per_second * math.exp(error), own.sigma, own.skew)
-    return around.p10 <= run.tokens_per_second <= around.p90
-
-
 def _print_score(name: str, runs: list[Run], ours: Score, naive: Score) -> None:
-    inside = np.mean([_is_inside(*each) for each in zip(runs, ours.log_errors, strict=True)])
+    inside = np.mean(
+        [calibration.is_inside(*each) for each in zip(runs, ours.log_errors, strict=True)]
+    )
     print(f"{name:44} {_percent(ours):>15} {_percent(naive):>15} {inside:6.0%} of {len(runs)}")
 
 

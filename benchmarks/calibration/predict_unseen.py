@@ -24,7 +24,7 @@ from casallm.estimate import calibration
 from casallm.estimate.architecture import flops_per_token
 from casallm.estimate.calibration import Run
 from casallm.estimate.hardware import gpu_named
-from casallm.estimate.throughput import load_constants, predict
+from casallm.estimate.throughput import load_constants
 
 HERE = Path(__file__).parent
 UNSEEN = HERE / "unseen_systems.csv"
@@ -52,9 +52,7 @@ def main() -> None:
     free = [not row["limit"] for row in rows]
     known = [gpu_named(row["gpu"]).is_calibrated for row in rows]
     both = [one and other for one, other in zip(free, known, strict=True)]
-    heads = (
-        f"{'median / 90th':>16} {'middle':>7} {'inside':>7} {'refused':>8} {'inside of all':>14}"
-    )
+    heads = f"{'median / 90th':>16} {'middle':>7} {'inside':>7} {'refused':>8} {'of all':>7}"
     print(f"{'never fitted':38} {heads}")
     for how, answers in (("shape", by_shape), ("as told", as_told)):
         _print_score(f"{how}, all", answers)
@@ -77,18 +75,13 @@ def _print_score(name: str, answers: Iterable[Run | None]) -> None:
     asked = list(answers)
     runs = [run for run in asked if run]
     errors = calibration.log_errors(runs, load_constants())
-    inside = sum(_is_inside(run) for run in runs)
+    inside = sum(itertools.starmap(calibration.is_inside, zip(runs, errors, strict=True)))
     systems = len({run.system for run in runs})
     print(
         f"{f'{name}: {len(runs)} of {systems}':38} {_percent(errors):>16}"
         f" {math.expm1(float(np.median(errors))):+7.0%} {inside / len(runs):7.0%}"
         f" {len(asked) - len(runs):8} {inside / len(asked):7.0%}"
     )
-
-
-def _is_inside(run: Run) -> bool:
-    rate = predict(run.setup)
-    return rate.p10 <= run.tokens_per_second <= rate.p90
 
 
 def _print_runs(by_shape: Sequence[Run | None], as_told: Sequence[Run | None]) -> None:

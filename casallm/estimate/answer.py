@@ -70,7 +70,7 @@ def heading(estimate: Estimate, *, width: int = 100) -> str:
 def notes(estimate: Estimate, *, today: datetime.date | None = None) -> list[str]:
     """What a reader must know to believe the table, a sentence or two each."""
     found = ["Ranges hold eight of ten runs; hours count from the first boot to the end."]
-    loss = expected_loss(estimate)
+    loss = _expected_loss(estimate)
     if loss is not None:
         low, middle, high = loss
         found.append(
@@ -142,7 +142,7 @@ def _what_casallm_lacks(setup: Setup) -> str:
     return " and no ".join(name for name, is_needed in lacking.items() if is_needed)
 
 
-def expected_loss(estimate: Estimate) -> tuple[float, float, float] | None:
+def _expected_loss(estimate: Estimate) -> tuple[float, float, float] | None:
     """By the scaling law, which knows nothing of runs with less than a token a parameter."""
     if estimate.tokens < estimate.n_params:
         return None
@@ -151,7 +151,7 @@ def expected_loss(estimate: Estimate) -> tuple[float, float, float] | None:
 
 def to_json(estimate: Estimate) -> dict[str, Any]:
     """The answer as plain values; keys as documented in docs/guides/estimate.md."""
-    loss = expected_loss(estimate)
+    loss = _expected_loss(estimate)
     return {
         "params": estimate.n_params,
         "tokens": estimate.tokens,

@@ -20,7 +20,7 @@ from casallm.estimate.architecture import ModelConfig, flops_per_token
 from casallm.estimate.hardware import gpu_named
 from casallm.estimate.layout import Wishes, plan_layout
 from casallm.estimate.memory import DataParallel, Precision, Recompute, Stack
-from casallm.estimate.throughput import Constants, Setup, step_time
+from casallm.estimate.throughput import Constants, Setup, Throughput, predict, step_time
 
 PRIORS: Mapping[str, tuple[float, float]] = {
     "matmul": (0.92, 0.05),
@@ -83,23 +83,19 @@ def read_foundry_runs(path: Path) -> list[Run]:
     return [_foundry_run(row) for row in _read_rows(path)]
 
 
-def read_other_runs(path: Path) -> list[Run]:
-    """The rows of `benchmarks/calibration/other_*.csv`, laid out as an estimate would."""
-    return [_other_run(row, Wishes()) for row in _read_rows(path)]
-
-
-def read_told_runs(path: Path) -> list[Run]:
-    """The same, laid out as an estimate would that is told all that their publishers state of
-    recomputation, micro-batch and sharding, as with `--recompute`, `--micro-batch`, `--sharding`.
+def read_other_runs(path: Path, *, is_told: bool = False) -> list[Run]:
+    """The rows of `benchmarks/calibration/other_*.csv`, laid out as an estimate would: by shape, or
+    told all that their publishers state of recomputation, micro-batch and sharding, as with
+    `--recompute`, `--micro-batch`, `--sharding`.
     """
-    return [_other_run(row, _stated(row)) for row in _read_rows(path)]
+    return [_other_run(row, is_told=is_told) for row in _read_rows(path)]
 
 
 def read_answers(path: Path, *, is_told: bool) -> list[Run | None]:
-    """The rows of a file of the same form, by shape or as told; None where the estimator says that
-    a model does not fit: some programs keep less than 16 bytes a parameter.
+    """The rows of a file of the same form; None where the estimator says that a model does not
+    fit: some programs keep less than 16 bytes a parameter.
     """
-    return [_answer(row, _stated(row) if is_told else Wishes()) for row in _read_rows(path)]
+    return [_answer(row, is_told=is_told) for row in _read_rows(path)]
 
 
 def start_constants() -> Constants:
@@ -144,6 +140,13 @@ def log_errors(runs: Sequence[Run], constants: Constants) -> np.ndarray:
     """Logarithm of predicted over published rate, a run each."""
     rates = [step_time(run.setup, constants).tokens_per_second for run in runs]
     return np.log(np.array(rates) / np.array([run.tokens_per_second for run in runs]))
+
+
+def is_inside(run: Run, error: float) -> bool:
+    """Whether the package's interval, laid around a prediction with this error, holds the run."""
+    own = predict(run.setup)
+    around = Throughput(run.tokens_per_second * math.exp(error), own.sigma, own.skew)
+    return around.p10 <= run.tokens_per_second <= around.p90
 
 
 def leave_one_group_out(
@@ -265,7 +268,7 @@ def _stated(row: Mapping[str, str]) -> Wishes:
     )
 
 
-def _other_run(row: Mapping[str, str], layout: Wishes) -> Run:
+def _other_run(row: Mapping[str, str], *, is_told: bool) -> Run:
     grouped = ModelConfig(
         n_layers=int(row["n_layers"]),
         d_model=int(row["d_model"]),
@@ -276,7 +279,7 @@ def _other_run(row: Mapping[str, str], layout: Wishes) -> Run:
     )
     config = grouped.model_copy(update={"family": _one_of(row["family"], Family)})
     wishes = replace(
-        layout,
+        _stated(row) if is_told else Wishes(),
         stack=cast(Stack, _one_of(row["stack"], Stack)),
         precision=cast(Precision, _one_of(row["precision"], Precision)),
     )
@@ -292,9 +295,9 @@ def _other_run(row: Mapping[str, str], layout: Wishes) -> Run:
     return Run(row["system"], setup, rate, row["limit"])
 
 
-def _answer(row: Mapping[str, str], layout: Wishes) -> Run | None:
+def _answer(row: Mapping[str, str], *, is_told: bool) -> Run | None:
     try:
-        return _other_run(row, layout)
+        return _other_run(row, is_told=is_told)
     except ConfigError:
         return None
 

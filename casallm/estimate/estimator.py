@@ -39,6 +39,7 @@ PATIENCE_HOURS = 7 * 24.0
 """Without a deadline, offers that take longer than a week are not recommended."""
 
 MOST_NODES = 10_000
+"""Beyond which a number of machines is a slip of the keyboard."""
 
 _ASKED_FOR = "it is the machine that was asked for"
 

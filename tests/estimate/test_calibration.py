@@ -10,14 +10,7 @@ import pytest
 from casallm.errors import DataError
 from casallm.estimate import calibration
 from casallm.estimate.calibration import PRIORS, Run, Score
-from casallm.estimate.throughput import (
-    Z90,
-    Throughput,
-    load_constants,
-    load_spread,
-    predict,
-    step_time,
-)
+from casallm.estimate.throughput import Z90, load_constants, load_spread, step_time
 
 HERE = Path(__file__).parents[2] / "benchmarks" / "calibration"
 GROUPS = {
@@ -35,16 +28,12 @@ def others() -> list[Run]:
 
 
 def told() -> list[Run]:
-    return calibration.read_told_runs(HERE / "other_systems.csv")
+    return calibration.read_other_runs(HERE / "other_systems.csv", is_told=True)
 
 
 def coverage(score: Score, runs: list[Run]) -> float:
-    inside = []
-    for run, error in zip(runs, score.log_errors, strict=True):
-        own = predict(run.setup)
-        laid = Throughput(run.tokens_per_second * math.exp(error), own.sigma, own.skew)
-        inside.append(laid.p10 <= run.tokens_per_second <= laid.p90)
-    return float(np.mean(inside))
+    pairs = zip(runs, score.log_errors, strict=True)
+    return float(np.mean([calibration.is_inside(run, error) for run, error in pairs]))
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -5,7 +5,6 @@ of whoever runs the tests matters. Where a table differs, the failure shows what
 """
 
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -85,23 +84,3 @@ def test_every_item_of_a_bill_is_documented_and_no_other(answer: Estimate):
     items = {name for offer in to_json(answer)["offers"] for name in offer["items"]}
 
     assert table_under("The `items`") == items
-
-
-def test_the_variables_of_make_are_those_it_passes_on():
-    told = re.search(r"`make estimate-cost` takes (.*?)\.\n", GUIDE, re.DOTALL)
-    makefile = (ROOT / "Makefile").read_text("utf-8")
-    names = re.findall(r"^([A-Z]+)\s*\?=", makefile, re.MULTILINE)
-    assert told
-    assert "PARAMS" in names
-
-    plain = _would_ask()
-    passed = {name for name in names if _would_ask(f"{name}=1") != plain}
-
-    assert set(re.findall(r"`([A-Z]+)(?:=\d)?`", told[1])) == passed
-
-
-def _would_ask(*variables: str) -> str:
-    """The command that `make estimate-cost` would run."""
-    command = ["make", "-n", "--no-print-directory", "estimate-cost", *variables]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return next(line for line in done.stdout.splitlines() if " -m casallm estimate" in line)
